@@ -1,0 +1,75 @@
+# make train    train the digits RevNet; flags of train.py: make train ARGS="--config.steps=100"
+# make test     run the tests; flags of pytest: make test ARGS="-k coupling"
+# make lint     ruff and pyright
+# make format   let ruff rewrite what it can
+# make clean    remove the environments and what the tools left behind; training runs stay
+#
+# Each first makes its environment, once: .venv, or, with PYTHON=python3.12, .venv-python3.12.
+
+VENV := .venv$(if $(PYTHON),-$(notdir $(PYTHON)))
+RUN := $(VENV)/bin/python
+CORE := tests/test_coupling.py tests/test_reversible.py tests/test_conv.py tests/test_models.py
+
+.PHONY: help train test test-core lint format clean interpreter
+.NOTPARALLEL:
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+train: $(VENV)/train.stamp
+	$(RUN) train.py --config configs/digits_revnet.py $(ARGS)
+
+test: $(VENV)/test.stamp
+	$(RUN) -m pytest $(ARGS)
+
+# The tests of the rule and the networks alone: what a further version of JAX has to pass.
+test-core: $(VENV)/test.stamp
+	$(RUN) -m pytest $(CORE) $(ARGS)
+
+lint: $(VENV)/test.stamp
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m pyright --pythonpath $(RUN)
+
+format: $(VENV)/test.stamp
+	$(RUN) -m ruff check --fix
+	$(RUN) -m ruff format
+
+clean:
+	rm -rf .venv .venv-* build dist .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Prints the interpreter for a new environment. A name on the PATH may be a pyenv shim, which fails
+# unless a version that has it is selected: so a name that fails is tried with that version.
+find_python := \
+    for name in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
+        for version in "$$PYENV_VERSION" "$$(pyenv whence $$name 2>/dev/null | tail -n 1)"; do \
+            PYENV_VERSION=$$version $$name 2>/dev/null -c \
+            'import sys; sys.version_info < (3, 11) and sys.exit(1); print(sys.executable)' \
+            && exit 0; \
+        done; \
+    done; \
+    echo "revjax needs Python 3.11 or newer, and $(or $(PYTHON),python3) is not:" \
+        "install one, or name one with PYTHON=/path/to/python." >&2; \
+    exit 1
+
+interpreter:
+	@$(find_python)
+
+# A stamp says that an install is complete. None is there while one runs, and without one the
+# environment starts from nothing, so an interrupted install leaves no trace.
+define install
+	@echo "installing revjax into $(VENV) (once; this takes some minutes)"
+	@ls $(VENV)/*.stamp >/dev/null 2>&1 || { \
+	    python=$$($(find_python)) && "$$python" -m venv --clear $(VENV); }
+	@rm -f $(VENV)/*.stamp
+	@$(RUN) -m pip install -qq --disable-pip-version-check -e "$(1)"
+endef
+
+$(VENV)/train.stamp: pyproject.toml
+	$(call install,.)
+	@touch $@
+
+$(VENV)/test.stamp: pyproject.toml
+	$(call install,.[test])
+	@touch $(VENV)/train.stamp $@

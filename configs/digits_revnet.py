@@ -1,0 +1,46 @@
+"""A small RevNet on the 1,797 digit scans inside scikit-learn: no download.
+
+Command:   python train.py --config configs/digits_revnet.py
+Hardware:  not run yet
+Time:      not run yet
+Accuracy:  not run yet
+n:         0
+"""
+
+from ml_collections import ConfigDict, FieldReference
+
+
+def get_config() -> ConfigDict:
+    """Three stages of reversible units on 8x8 images."""
+    config = ConfigDict()
+
+    config.data = data = ConfigDict()
+    data.name = "digits"
+    data.padding = 1
+    data.flip = False  # a mirrored digit is no digit
+
+    config.model = model = ConfigDict()
+    model.name = "revnet"
+    model.units = (2, 2, 2)
+    model.filters = (16, 16, 32, 64)  # the stem's, then each stage's
+    model.bottleneck = False
+    model.backward = "reversible"  # or "remat", "store"
+    model.grid_bits = FieldReference(14, field_type=object)  # or None: plain float
+    model.dtype = "float32"  # or "bfloat16"
+
+    config.optim = optim = ConfigDict()
+    optim.learning_rate = 0.1
+    optim.boundaries = (300, 420)
+    optim.decay_factor = 0.1
+    optim.momentum = 0.9
+    optim.weight_decay = 2e-4
+
+    config.seed = 0
+    config.steps = 500
+    config.batch_size = 100
+
+    config.log_every = 20
+    config.eval_every = 100
+    config.checkpoint_every = 200
+    config.keep_checkpoints = 3
+    return config

@@ -1,0 +1,20 @@
+"""revjax: reversible residual networks for JAX."""
+
+from revjax.coupling import Coupling as Coupling
+from revjax.coupling import additive as additive
+from revjax.coupling import affine as affine
+from revjax.grid import check_in_range as check_in_range
+from revjax.grid import round_to_grid as round_to_grid
+from revjax.grid import stream_bound as stream_bound
+from revjax.grid import stream_peak as stream_peak
+from revjax.grid import warn_out_of_range as warn_out_of_range
+from revjax.models import create_model as create_model
+from revjax.models import list_models as list_models
+from revjax.resnet import ResNet as ResNet
+from revjax.reversible import rev_block_apply as rev_block_apply
+from revjax.reversible import rev_block_inverse as rev_block_inverse
+from revjax.reversible import rev_chain_apply as rev_chain_apply
+from revjax.reversible import rev_chain_inverse as rev_chain_inverse
+from revjax.revnet import ReversibleChain as ReversibleChain
+from revjax.revnet import RevNet as RevNet
+from revjax.revnet import StreamPeak as StreamPeak

@@ -1,0 +1,181 @@
+"""The networks by name: those of the RevNet paper (Gomez et al. 2017, table 1), and one's own."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from revjax.grid import DEFAULT_GRID_BITS, GridBits, resolve_grid_bits
+from revjax.layers import stream_dtype
+from revjax.resnet import ResNet
+from revjax.revnet import RevNet
+
+
+class Architecture(NamedTuple):
+    """Units of each stage; channels of the stem and of each stage, as `ResNet` and `RevNet` have them."""
+
+    units: tuple[int, ...]
+    filters: tuple[int, ...]
+    bottleneck: bool = False
+    large_images: bool = False
+
+
+_ARCHITECTURES = {
+    "resnet32": Architecture((5, 5, 5), (16, 16, 32, 64)),
+    "resnet110": Architecture((18, 18, 18), (16, 16, 32, 64)),
+    "resnet164": Architecture((18, 18, 18), (16, 16, 32, 64), bottleneck=True),
+    "resnet50": Architecture((3, 4, 6, 3), (64, 64, 128, 256, 512), True, True),
+    "resnet101": Architecture((3, 4, 23, 3), (64, 64, 128, 256, 512), True, True),
+    "resnet152": Architecture((3, 8, 36, 3), (64, 64, 128, 256, 512), True, True),
+    "revnet38": Architecture((3, 3, 3), (32, 32, 64, 112)),
+    "revnet110": Architecture((9, 9, 9), (32, 32, 64, 128)),
+    "revnet164": Architecture((9, 9, 9), (32, 32, 64, 128), bottleneck=True),
+    "revnet56": Architecture((2, 2, 3, 2), (128, 128, 256, 512, 832), True, True),
+    "revnet104": Architecture((2, 2, 11, 2), (128, 128, 256, 512, 832), True, True),
+}
+
+
+def list_models() -> list[str]:
+    """The names that `create_model` knows the architecture of.
+
+    Example:
+        >>> "revnet110" in list_models()
+        True
+    """
+    return list(_ARCHITECTURES)
+
+
+def create_model(
+    name: str,
+    num_classes: int,
+    *,
+    rngs: nnx.Rngs,
+    in_channels: int = 3,
+    backward: str | None = None,
+    grid_bits: GridBits = "default",
+    dtype: Any = jnp.float32,
+    units: Sequence[int] | None = None,
+    filters: Sequence[int] | None = None,
+    bottleneck: bool | None = None,
+) -> ResNet | RevNet:
+    """Make a network by name.
+
+    The networks for CIFAR (resnet32, 110, 164; revnet38, 110, 164) take images of 32x32, or of any
+    sides that two halvings divide. Those for ImageNet (resnet50, 101, 152; revnet56, 104) take
+    224x224, or any sides. Parameters are equal in number to the authors' code.
+
+    Args:
+        name: one of `list_models()`; or "resnet" or "revnet" for an architecture of one's own.
+        num_classes: logits.
+        rngs: `nnx.Rngs`, of which the stream "params" is used.
+        in_channels: channels of the images.
+        backward: how the gradient is found, see `RevNet`: "reversible" (the default of a RevNet),
+            "remat" or "store" (the default of a ResNet, which cannot be "reversible").
+        grid_bits: see `RevNet`; by default 14 for a RevNet. A ResNet has no grid.
+        dtype: what convolutions compute in: float32, bfloat16, float16 or float64.
+        units, filters, bottleneck: of an architecture of one's own, see `RevNet`.
+
+    Returns:
+        The network, in training mode: `model(images [B, H, W, in_channels])` gives logits
+        `[B, num_classes]` and moves the batch statistics; `model.eval()` uses the averages.
+
+    Raises:
+        ValueError: no such model, or an argument that is impossible for it.
+
+    Example:
+        >>> model = create_model("revnet38", 10, rngs=nnx.Rngs(0))
+        >>> model(jnp.zeros((2, 32, 32, 3))).shape
+        (2, 10)
+    """
+    own = {"units": units, "filters": filters, "bottleneck": bottleneck}
+    if name in _ARCHITECTURES:
+        given = [key for key, value in own.items() if value is not None]
+        if given:
+            raise ValueError(
+                f"{name} has its own {', '.join(given)}: leave them out, or name the model "
+                f'"{name[:6]}" to give an architecture of your own.'
+            )
+        architecture = _ARCHITECTURES[name]
+    elif name in ("resnet", "revnet"):
+        if units is None or filters is None:
+            raise ValueError(
+                f'"{name}" needs units and filters, such as units=(3, 3, 3) and '
+                "filters=(32, 32, 64, 128); or name one of " + ", ".join(list_models())
+            )
+        architecture = Architecture(tuple(units), tuple(filters), bool(bottleneck))
+    else:
+        raise ValueError(
+            f"There is no model {name!r}: name one of {', '.join(list_models())}, or "
+            '"resnet" or "revnet" with units and filters.'
+        )
+    reversible = name.startswith("revnet")
+    if backward is None:
+        backward = "reversible" if reversible else "store"
+    ways = ["reversible", "remat", "store"] if reversible else ["remat", "store"]
+    if backward not in ways:
+        raise ValueError(
+            f"backward={backward!r} is not a way to differentiate {name}: give one of "
+            f"{', '.join(ways)}."
+        )
+    _check(name, architecture, num_classes, in_channels, dtype, halves=reversible)
+    options = dict(
+        in_channels=in_channels,
+        bottleneck=architecture.bottleneck,
+        large_images=architecture.large_images,
+        backward=backward,
+        dtype=dtype,
+    )
+    if reversible:
+        stream = jnp.zeros((), stream_dtype(dtype))
+        options["grid_bits"] = resolve_grid_bits(grid_bits, DEFAULT_GRID_BITS, stream)
+    elif grid_bits not in ("default", None):
+        raise ValueError(f"grid_bits={grid_bits!r}: {name} is not reversible and has no grid.")
+
+    def make(key):
+        network = RevNet if reversible else ResNet
+        return network(*architecture[:2], num_classes, rngs=nnx.Rngs(params=key), **options)
+
+    return _initialise(make, rngs.params())
+
+
+def _initialise(make, key):
+    """`make(key)`, in one program that is compiled without optimisation: it runs only once.
+
+    Operation by operation it would be dozens of programs, and optimised it would take longer to
+    compile than a small network takes to learn.
+    """
+    if isinstance(key, jax.core.Tracer):
+        return make(key)
+    init = jax.jit(lambda key: nnx.split(make(key)))
+    options = {"xla_backend_optimization_level": 0}
+    return nnx.merge(*init.lower(key).compile(compiler_options=options)(key))
+
+
+def _check(name, architecture, num_classes, in_channels, dtype, *, halves):
+    """Raise a ValueError that names the first number that no network can have."""
+    units, filters, bottleneck, _ = architecture
+    numbers = {"num_classes": [num_classes], "in_channels": [in_channels]}
+    for key, values in {**numbers, "units": units, "filters": filters}.items():
+        if not values or not all(isinstance(v, int) and v > 0 for v in values):
+            raise ValueError(f"{key}={values} of {name}: give positive integers.")
+    if len(filters) != len(units) + 1:
+        raise ValueError(
+            f"filters={filters} and units={units} of {name}: give one width more than stages, the "
+            "first for the stem."
+        )
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
+        raise ValueError(f"dtype={dtype!r}: give float32, bfloat16, float16 or float64.")
+    widths = [filters[0], *(4 * width if bottleneck else width for width in filters[1:])]
+    if halves and any(width % 2 for width in widths):
+        raise ValueError(
+            f"filters={filters} of {name}: channels must be even, to be split into two halves."
+        )
+    if bottleneck and halves and any(width % 2 for width in filters[1:]):
+        raise ValueError(f"filters={filters} of {name}: a bottleneck takes a quarter of each half.")
+    if not bottleneck and sorted(filters) != list(filters):
+        raise ValueError(
+            f"filters={filters} of {name}: channels must not decrease, since shortcuts without "
+            "parameters can only add channels."
+        )

@@ -1,0 +1,355 @@
+"""The reversible block and chain, their inverses, and the rule that differentiates them.
+
+A block (Gomez et al. 2017, eq. 6 and 7), here with the additive coupling:
+
+    y1 = x1 + f(params_f, x2, *args)          x2 = y2 - g(params_g, y1, *args)
+    y2 = x2 + g(params_g, y1, *args)          x1 = y1 - f(params_f, x2, *args)
+
+The rule saves the parameters, the arguments and the *output* of a chain of blocks, nothing in
+between. Backward it goes from the last block to the first (their algorithm 1); one `jax.vjp` a
+function both reconstructs the block's input and differentiates the block. So each function is
+evaluated twice a step, and activation memory does not grow with depth.
+
+Not supported: forward mode. `jax.jvp` of a chain raises JAX's error for custom_vjp functions.
+Derivatives of the gradient are supported: `jvp` of `grad` (Hessian-vector products) stores nothing
+more, `grad` of `grad` stores the activations of the chain.
+
+When not to use it: for blocks that change shape or have no two halves, and where parameters
+outweigh activations, `jax.checkpoint` is the better tool.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack
+
+import jax
+import jax.numpy as jnp
+
+from revjax.contract import check_pair, residual_function, stacked_depth
+from revjax.coupling import Coupling, additive
+from revjax.grid import GridBits, resolve_grid_bits, round_to_grid, stream_bound, stream_peak
+from revjax.trees import PyTree, add, hoist_closure, is_inexact, merge, partition, vjp
+
+Pair = tuple[PyTree, PyTree]
+Backward = Literal["reversible", "remat", "store"]
+
+
+class BlockOptions(TypedDict, total=False):
+    """The options of `rev_chain_apply` that a single block has too."""
+
+    coupling: Coupling
+    grid_bits: GridBits
+    has_aux: bool
+
+
+def rev_block_apply(
+    f: Callable, g: Callable, params: Pair, x: Pair, *args: PyTree, **options: Unpack[BlockOptions]
+) -> Any:
+    """Apply one reversible block.
+
+    Args:
+        f: `(params_f, x2, *args) -> residual` like x1; with has_aux, `-> (residual, aux)`.
+        g: `(params_g, y1, *args) -> residual` like x2; with has_aux, `-> (residual, aux)`.
+        params: `(params_f, params_g)`, any pytrees.
+        x: `(x1, x2)`, the two halves of the stream, any pytrees.
+        *args: further inputs of f and of g, any pytrees.
+        **options: coupling, grid_bits, has_aux, as `rev_chain_apply` has them.
+
+    Returns:
+        `y = (y1, y2)`, of x's structure, shapes and dtypes; with has_aux, `(y, (aux_f, aux_g))`.
+
+    Raises:
+        TypeError, ValueError: as `rev_chain_apply`.
+
+    Example:
+        >>> def dense(w, x): return jnp.tanh(x @ w)
+        >>> x, params = (jnp.ones((2, 3)), jnp.zeros((2, 3))), (jnp.eye(3), jnp.eye(3))
+        >>> y = rev_block_apply(dense, dense, params, x)
+        >>> print(rev_block_inverse(dense, dense, params, y)[0][0])
+        [1. 1. 1.]
+    """
+    out = rev_chain_apply(f, g, [params], x, *args, **options)
+    return (out[0], out[1][0]) if options.get("has_aux") else out
+
+
+def rev_block_inverse(
+    f: Callable, g: Callable, params: Pair, y: Pair, *args: PyTree, **options: Unpack[BlockOptions]
+) -> Pair:
+    """Recover x from `y = rev_block_apply(f, g, params, x, *args)`, as `rev_chain_inverse` does."""
+    return rev_chain_inverse(f, g, [params], y, *args, **options)
+
+
+def rev_chain_apply(
+    f: Callable,
+    g: Callable,
+    params: Pair | list[Pair],
+    x: Pair,
+    *args: PyTree,
+    xs: PyTree = None,
+    coupling: Coupling = additive,
+    grid_bits: GridBits = "default",
+    has_aux: bool = False,
+    unroll: int | bool = 1,
+    backward: Backward = "reversible",
+    range_check: Callable[[jax.Array, float], object] | None = None,
+) -> Any:
+    """Apply a chain of reversible blocks, whose gradient needs the activations of one block only.
+
+    f and g must be pure, and give the same bits for the same inputs: randomness comes from keys in
+    args or xs. Traced values that they close over get their gradients. Integer and PRNG-key leaves
+    are allowed everywhere and have no gradient. Call it under `jax.jit`: it traces f and g anew.
+
+    Args:
+        f: `(params_f, x2, *args) -> residual` like x1; with has_aux, `-> (residual, aux)`. If xs is
+            given, the block's entry of it comes last: `f(params_f, x2, *args, xs_i)`.
+        g: `(params_g, y1, *args) -> residual` like x2, in the same way.
+        params: `(params_f, params_g)`, every leaf `[depth, ...]`, run by `lax.scan`; or a list of
+            such pairs without that axis, for blocks that differ, run by a Python loop.
+        x: `(x1, x2)`, the two halves of the stream, any pytrees.
+        *args: further inputs of every f and g, any pytrees.
+        xs: inputs that differ by block (keys, gates, statistics), any pytree with every leaf
+            `[depth, ...]`; where params is a list, a list with an entry a block.
+        coupling: how a residual joins the stream: `revjax.additive` or `revjax.affine`.
+        grid_bits: k rounds x and every residual to multiples of `2**-k`, so that gradient and
+            inverse are exact while the stream stays within `stream_bound(k)`; x must be float32 or
+            float64. None does not round, and the error grows with depth. The default is the
+            coupling's own: 14 for additive, None for affine, which cannot keep to a grid.
+        has_aux: f and g return `(residual, aux)`; the aux of the forward pass is returned, carries
+            no gradient, and is dropped in the recomputation (so BatchNorm counts a batch once).
+        unroll: as in `lax.scan`.
+        backward: "reversible" reconstructs activations from the output; "remat" keeps the input of
+            each block and recomputes the rest; "store" keeps all. Values are the same.
+        range_check: called with the largest |stream| of the forward pass (float32 scalar, traced)
+            and its bound: `warn_out_of_range`, `check_in_range`, or your own. None costs nothing.
+
+    Returns:
+        `y = (y1, y2)`, of x's structure, shapes and dtypes; with has_aux, `(y, (aux_f, aux_g))`,
+        their leaves `[depth, ...]`, or `(y, [(aux_f, aux_g), ...])` where params is a list.
+
+    Raises:
+        TypeError: a pair is not one, a residual differs from what is due in structure, shape or
+            dtype, or the stream's dtype cannot hold the grid.
+        ValueError: leaves disagree on the depth, or an option has no such value.
+
+    Example:
+        >>> def dense(w, x): return jnp.tanh(x @ w)
+        >>> w = jnp.zeros((100, 3, 3))  # 100 blocks
+        >>> y1, y2 = rev_chain_apply(dense, dense, (w, w), (jnp.ones((2, 3)), jnp.ones((2, 3))))
+        >>> y1.shape
+        (2, 3)
+    """
+    if backward not in ("reversible", "remat", "store"):
+        raise ValueError(f'backward={backward!r}: give "reversible", "remat" or "store".')
+    bits, x, segments, operands = _prepare(f, g, params, x, args, xs, coupling, grid_bits, has_aux)
+    track = range_check is not None
+    if backward == "reversible" and 0 not in [segment.depth for segment in segments]:
+        y, auxes, peaks = _reversible(segments, operands, x, unroll, track)
+    else:
+        remat = backward == "remat"
+        y, auxes, peaks = _forward_chain(segments, operands, x, unroll, track, remat=remat)
+    if range_check is not None:
+        bounds = [stream_bound(bits, a.dtype) for a in jax.tree.leaves(partition(x)[0])]
+        range_check(stream_peak((x, peaks)), min(bounds, default=float("inf")))
+    if not has_aux:
+        return y
+    return y, jax.lax.stop_gradient(auxes if isinstance(params, list) else auxes[0])
+
+
+def rev_chain_inverse(
+    f: Callable,
+    g: Callable,
+    params: Pair | list[Pair],
+    y: Pair,
+    *args: PyTree,
+    xs: PyTree = None,
+    coupling: Coupling = additive,
+    grid_bits: GridBits = "default",
+    has_aux: bool = False,
+    unroll: int | bool = 1,
+) -> Pair:
+    """Recover x from `y = rev_chain_apply(f, g, params, x, *args, xs=xs)`.
+
+    On the grid the result is bit for bit x rounded to the grid; off it, x up to a rounding error
+    that grows with depth. Differentiable in both modes, with stored activations.
+
+    Args:
+        f, g, params, y, *args, xs: what `rev_chain_apply` was given and returned.
+        coupling, grid_bits, has_aux, unroll: as there; aux outputs are dropped.
+
+    Returns:
+        `x = (x1, x2)`, of y's structure, shapes and dtypes.
+
+    Raises:
+        TypeError, ValueError: as `rev_chain_apply`.
+    """
+    _, y, segments, operands = _prepare(f, g, params, y, args, xs, coupling, grid_bits, has_aux)
+    for segment, (params, xs, shared) in zip(reversed(segments), reversed(operands), strict=True):
+
+        def step(y, per_block, block=segment.block, shared=shared):
+            return _inverse(block, y, *per_block, shared), None
+
+        y, _ = _run(step, y, segment, params, xs, unroll, reverse=True)
+    return y
+
+
+# One block: forward, inverse, backward ------------------------------------------------------------
+
+
+class _Block(NamedTuple):
+    """f and g as `(params, half, xs, shared) -> (residual, aux)`, and the coupling."""
+
+    f: Callable
+    g: Callable
+    coupling: Coupling
+
+
+def _forward(block, x, params, xs, shared):
+    f, g, coupling = block
+    x1, x2 = x
+    f_out, f_aux = f(params[0], x2, xs, shared[0])
+    y1 = coupling.combine(x1, f_out)
+    g_out, g_aux = g(params[1], y1, xs, shared[1])
+    y2 = coupling.combine(x2, g_out)
+    return (y1, y2), (f_aux, g_aux)
+
+
+def _inverse(block, y, params, xs, shared):
+    f, g, coupling = block
+    y1, y2 = y
+    x2 = coupling.separate(y2, g(params[1], y1, xs, shared[1])[0])
+    x1 = coupling.separate(y1, f(params[0], x2, xs, shared[0])[0])
+    return x1, x2
+
+
+def _backward(block, y, dy, params, xs, shared):
+    f, g, coupling = block
+    (y1, y2), (dy1, dy2) = y, dy
+    x2, dx2, from_g = _undo(g, coupling, y2, dy2, params[1], y1, xs, shared[1])
+    dparams_g, dy1_g, dxs_g, dshared_g = from_g
+    dy1 = add(dy1, dy1_g)
+    x1, dx1, from_f = _undo(f, coupling, y1, dy1, params[0], x2, xs, shared[0])
+    dparams_f, dx2_f, dxs_f, dshared_f = from_f
+    dx2 = add(dx2, dx2_f)
+    dparams, dxs, dshared = (dparams_f, dparams_g), add(dxs_f, dxs_g), (dshared_f, dshared_g)
+    return (x1, x2), (dx1, dx2), dparams, dxs, dshared
+
+
+def _undo(h, coupling, y, dy, *operands):
+    """Reconstruct x of `y = combine(x, h(*operands))` and differentiate it, by one vjp of h."""
+    residual, h_vjp = vjp(lambda *operands: h(*operands)[0], *operands)
+    x = coupling.separate(y, residual)
+    _, combine_vjp = vjp(coupling.combine, x, residual)
+    dx, dresidual = combine_vjp(dy)
+    return x, dx, h_vjp(dresidual)
+
+
+# The chain: segments one after the other, each a scan over stacked blocks or a single block. What
+# is traced stands apart: operands, for each segment its `(params, xs, shared)`. --------------------
+
+
+class _Segment(NamedTuple):
+    block: _Block
+    depth: int | None  # None: a single block, whose operands have no leading axis
+
+
+def _run(step, carry, segment, params, xs, unroll, reverse=False):
+    if segment.depth is None:
+        return step(carry, (params, xs))
+    return jax.lax.scan(step, carry, (params, xs), reverse=reverse, unroll=unroll)
+
+
+def _forward_chain(segments, operands, x, unroll, track, remat=False):
+    auxes, peaks = [], []
+    for segment, (params, xs, shared) in zip(segments, operands, strict=True):
+
+        def step(x, per_block, block=segment.block, shared=shared):
+            y, aux = _forward(block, x, *per_block, shared)
+            return y, (aux, stream_peak(y) if track else None)
+
+        if remat:
+            step = jax.checkpoint(step, prevent_cse=segment.depth is None)
+        x, (aux, peak) = _run(step, x, segment, params, xs, unroll)
+        auxes.append(aux)
+        peaks.append(peak)
+    return x, auxes, peaks
+
+
+def _backward_chain(segments, operands, y, dy, unroll):
+    doperands = []
+    for segment, (params, xs, shared) in zip(reversed(segments), reversed(operands), strict=True):
+
+        def step(carry, per_block, block=segment.block, shared=shared):
+            y, dy, dshared = carry
+            x, dx, dparams, dxs, dshared_i = _backward(block, y, dy, *per_block, shared)
+            return (x, dx, add(dshared, dshared_i)), (dparams, dxs)
+
+        carry = (y, dy, jax.tree.map(jnp.zeros_like, partition(shared)[0]))
+        carry, (dparams, dxs) = _run(step, carry, segment, params, xs, unroll, reverse=True)
+        y, dy, dshared = carry
+        doperands.append((dparams, dxs, dshared))
+    return dy, doperands[::-1]
+
+
+def _reversible(segments, operands, x, unroll, track):
+    """`_forward_chain` under the rule: the operands and y are saved, and nothing else."""
+    closed = [_close(segment, ops, x) for segment, ops in zip(segments, operands, strict=True)]
+    segments, operands = [segment for segment, _ in closed], [ops for _, ops in closed]
+
+    def chain(floating, others):
+        x, operands = merge(floating, others)
+        return _forward_chain(segments, operands, x, unroll, track)
+
+    def chain_fwd(floating, others):
+        y, auxes, peaks = chain(floating, others)
+        return (y, auxes, peaks), (merge(floating, others)[1], y)
+
+    def chain_bwd(saved, cotangents):
+        operands, y = saved
+        dy = jax.tree.map(lambda a, da: da if is_inexact(a) else None, y, cotangents[0])
+        return _backward_chain(segments, operands, y, dy, unroll), None
+
+    rule = jax.custom_vjp(chain)
+    rule.defvjp(chain_fwd, chain_bwd)
+    return rule(*partition((x, operands)))
+
+
+def _close(segment, operands, x):
+    """Make what f and g of a segment close over a part of its shared operands."""
+    (f, g, coupling), (params, xs, (args, _)) = segment.block, operands
+    block = params, xs
+    if segment.depth is not None:
+        block = jax.eval_shape(lambda stacked: jax.tree.map(lambda a: a[0], stacked), block)
+
+    def close(h, params, half):
+        closed, captured = hoist_closure(h, params, half, block[1], args)
+        return lambda p, half, xs, shared: closed(shared[1], p, half, xs, shared[0]), captured
+
+    f, f_captured = close(f, block[0][0], x[1])
+    g, g_captured = close(g, block[0][1], x[0])
+    shared = (args, f_captured), (args, g_captured)
+    return segment._replace(block=_Block(f, g, coupling)), (params, xs, shared)
+
+
+def _prepare(f, g, params, x, args, xs, coupling, grid_bits, has_aux):
+    """Check the inputs, put x on the grid, and lay the chain out as segments and operands."""
+    check_pair("x", x)
+    bits = resolve_grid_bits(grid_bits, coupling.grid_bits, x)
+    x1, x2 = round_to_grid(jax.tree.map(jnp.asarray, tuple(x)), bits)
+    f = residual_function("f", f, x1, coupling, bits, has_aux)
+    g = residual_function("g", g, x2, coupling, bits, has_aux)
+
+    def with_operands(h):
+        return lambda p, half, xs, args: h(p, half, *args, *([] if xs is None else [xs]))
+
+    block = _Block(with_operands(f), with_operands(g), coupling)
+    if not isinstance(params, list):
+        check_pair("params", params)
+        segments = [_Segment(block, stacked_depth(params, xs))]
+        return bits, (x1, x2), segments, [(params, xs, (args, args))]
+    if xs is None:
+        xs = [None] * len(params)
+    if not (isinstance(xs, list) and len(xs) == len(params)):
+        raise ValueError(f"params is a list of {len(params)} blocks: xs must be one too.")
+    for pair in params:
+        check_pair("an entry of params", pair)
+    operands = [(p, s, (args, args)) for p, s in zip(params, xs, strict=True)]
+    return bits, (x1, x2), [_Segment(block, None)] * len(params), operands

@@ -1,0 +1,225 @@
+"""Reversible residual networks (Gomez et al. 2017), as the authors' code has them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from revjax.grid import DEFAULT_GRID_BITS
+from revjax.layers import Head, Stem, call_checkpointed, pure, stack
+from revjax.residual import Residual, shortcut
+from revjax.reversible import Backward, Pair, rev_chain_apply, rev_chain_inverse
+
+
+class StreamPeak(nnx.Variable):
+    """The largest |stream| of a chain in its last forward pass in training mode: float32 scalar."""
+
+
+class ReversibleChain(nnx.Module):
+    """`depth` reversible blocks of one kind: `y1 = x1 + F(x2)`, `y2 = x2 + G(y1)`.
+
+    Args:
+        make_f, make_g: a `nnx.Rngs` to a module that keeps the shape of `[B, H, W, C]`; its only
+            variables are parameters and batch statistics.
+        depth: the number of blocks; None for a single block run without `lax.scan`.
+        backward, grid_bits: as in `rev_chain_apply`.
+        rngs: with a stream "params".
+    """
+
+    def __init__(
+        self,
+        make_f: Callable[[nnx.Rngs], nnx.Module],
+        make_g: Callable[[nnx.Rngs], nnx.Module],
+        depth: int | None,
+        *,
+        backward: Backward,
+        grid_bits: int | None,
+        rngs: nnx.Rngs,
+    ):
+        self.scanned = depth is not None
+        self.f = make_f(rngs) if depth is None else stack(depth, make_f, rngs)
+        self.g = make_g(rngs) if depth is None else stack(depth, make_g, rngs)
+        self.backward = backward
+        self.grid_bits = grid_bits
+        self.use_running_average = False  # set by train() and eval()
+        self.peak = None if grid_bits is None else StreamPeak(jnp.zeros((), jnp.float32))
+
+    def __call__(self, x: Pair) -> Pair:
+        """Apply the chain, moving batch statistics in training mode: pair to pair of one shape."""
+        f, g, params, statistics = self._pure()
+
+        def record(peak, bound):
+            self.peak[...] = peak
+
+        track = self.peak is not None and not self.use_running_average
+        y, aux = rev_chain_apply(
+            f,
+            g,
+            params,
+            x,
+            xs=statistics,
+            has_aux=True,
+            grid_bits=self.grid_bits,
+            backward=self.backward,
+            range_check=record if track else None,
+        )
+        f_statistics, g_statistics = aux if self.scanned else aux[0]
+        nnx.update(self.f, f_statistics)
+        nnx.update(self.g, g_statistics)
+        return y
+
+    def inverse(self, y: Pair) -> Pair:
+        """The input that the chain maps to `y`; statistics do not move.
+
+        In training mode the batch must be the one that gave y: its statistics are used again.
+        """
+        f, g, params, statistics = self._pure()
+        return rev_chain_inverse(
+            f, g, params, y, xs=statistics, has_aux=True, grid_bits=self.grid_bits
+        )
+
+    def _pure(self):
+        apply_f, params_f, statistics_f = pure(self.f)
+        apply_g, params_g, statistics_g = pure(self.g)
+
+        def f(params, x2, statistics):
+            return apply_f(params, statistics[0], x2)
+
+        def g(params, y1, statistics):
+            return apply_g(params, statistics[1], y1)
+
+        params, statistics = (params_f, params_g), (statistics_f, statistics_g)
+        return (f, g, params, statistics) if self.scanned else (f, g, [params], [statistics])
+
+
+class Transition(nnx.Module):
+    """A unit that changes shape: `y1 = S(x1) + F(x2)`, `y2 = S(x2) + G(y1)`; F has the stride.
+
+    It is not reversible: its stage keeps its input and recomputes it, unless backward is "store".
+    """
+
+    def __init__(self, inputs, outputs, stride, *, preactivate, **kind):
+        self.f = Residual(inputs, outputs, stride, preactivate=preactivate, **kind)
+        self.g = Residual(outputs, outputs, **kind)
+        self.shortcut1 = shortcut(inputs, outputs, stride, **kind)
+        self.shortcut2 = shortcut(inputs, outputs, stride, **kind)
+
+    def __call__(self, x: Pair) -> Pair:
+        x1, x2 = x
+        y1 = self.shortcut1(x1) + self.f(x2)
+        y2 = self.shortcut2(x2) + self.g(y1)
+        return y1, y2
+
+
+class RevStage(nnx.Module):
+    """`depth` units, of which the first may change shape and the others are one reversible chain.
+
+    A pair of `[B, H, W, inputs / 2]` to a pair of `[B, H / stride, W / stride, outputs / 2]`.
+    """
+
+    def __init__(
+        self, inputs, outputs, stride, depth, *, preactivate, backward, grid_bits, rngs, **kind
+    ):
+        inputs, outputs = inputs // 2, outputs // 2
+        rule = dict(backward=backward, grid_bits=grid_bits, rngs=rngs)
+
+        def first(rngs):
+            return Residual(inputs, outputs, preactivate=preactivate, rngs=rngs, **kind)
+
+        def residual(rngs):
+            return Residual(outputs, outputs, rngs=rngs, **kind)
+
+        self.checkpoint = backward != "store"
+        if stride == 1 and inputs == outputs:
+            self.first = ReversibleChain(first, residual, None, **rule)
+        else:
+            self.first = Transition(
+                inputs, outputs, stride, preactivate=preactivate, rngs=rngs, **kind
+            )
+        self.rest = ReversibleChain(residual, residual, depth - 1, **rule) if depth > 1 else None
+
+    def __call__(self, x: Pair) -> Pair:
+        if isinstance(self.first, Transition) and self.checkpoint:
+            x = call_checkpointed(self.first, x)
+        else:
+            x = self.first(x)
+        return x if self.rest is None else self.rest(x)
+
+    def inverse(self, y: Pair) -> Pair:
+        """Undo the reversible part: the input of the stage, or of its second unit.
+
+        It is the former where the first unit keeps the shape (basic networks, stage 1). In training
+        mode the batch must be the one that gave y. Statistics do not move.
+        """
+        if self.rest is not None:
+            y = self.rest.inverse(y)
+        return self.first.inverse(y) if isinstance(self.first, ReversibleChain) else y
+
+
+class RevNet(nnx.Module):
+    """A reversible residual network (Gomez et al. 2017).
+
+    `stages[i]` maps a pair of halves of the channels to the next pair, and `stages[i].inverse`
+    undoes its reversible part.
+
+    Args:
+        units: reversible units in each stage; every stage but the first halves height and width.
+        filters: output channels of the stem and of each stage, both halves together; a bottleneck
+            stage has four times as many as listed.
+        num_classes: logits.
+        in_channels: channels of the images.
+        bottleneck: residual functions of 1x1, 3x3, 1x1 convolutions instead of two 3x3.
+        large_images: the ImageNet stem, which reduces height and width by four.
+        backward: "reversible" reconstructs activations; "remat" keeps the input of each unit and
+            recomputes the rest; "store" keeps all. Parameters and numbers are the same.
+        grid_bits: the stream is kept on multiples of `2**-grid_bits`, which makes "reversible"
+            exact; None for the plain float coupling. See `rev_chain_apply`.
+        dtype: what convolutions compute in; the stream, statistics and parameters are float32, or
+            float64 where dtype is.
+        rngs: with a stream "params".
+    """
+
+    def __init__(
+        self,
+        units: Sequence[int],
+        filters: Sequence[int],
+        num_classes: int,
+        *,
+        in_channels: int = 3,
+        bottleneck: bool = False,
+        large_images: bool = False,
+        backward: Backward = "reversible",
+        grid_bits: int | None = DEFAULT_GRID_BITS,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.stem = Stem(in_channels, filters[0], large_images=large_images, dtype=dtype, rngs=rngs)
+        width, stages = filters[0], []
+        for i, (depth, listed) in enumerate(zip(units, filters[1:], strict=True)):
+            outputs = 4 * listed if bottleneck else listed
+            stage = RevStage(
+                width,
+                outputs,
+                1 if i == 0 else 2,
+                depth,
+                preactivate=i > 0,
+                backward=backward,
+                grid_bits=grid_bits,
+                bottleneck=bottleneck,
+                dtype=dtype,
+                rngs=rngs,
+            )
+            stages.append(stage)
+            width = outputs
+        self.stages = nnx.List(stages)
+        self.head = Head(width, num_classes, dtype=dtype, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """`[B, H, W, in_channels] -> [B, num_classes]`, in the dtype of the stream."""
+        x = self.stem(images)
+        x1, x2 = jnp.split(x, 2, axis=-1)
+        for stage in self.stages:
+            x1, x2 = stage((x1, x2))
+        return self.head(jnp.concatenate([x1, x2], axis=-1))

@@ -1,0 +1,143 @@
+"""Checkpoints that are either whole or not used."""
+
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from revjax.training.errors import TrainingError
+from revjax.training.state import TrainState
+from revjax.training.workdir import write_json
+
+SEAL = "files.json"
+
+
+class Restored(NamedTuple):
+    """What the newest whole checkpoint holds."""
+
+    state: TrainState  # of numpy arrays
+    step: int
+    wall_seconds: float  # spent on the run until this step, over all its starts
+
+
+class Checkpoints:
+    """The folder `checkpoints/` of a run: a folder a step, of which the newest few are kept.
+
+    A checkpoint is written under a temporary name, renamed, and then sealed by `files.json`, which
+    has the CRC-32 of every file. Without a seal that fits, it is not used: the process may be
+    killed at any time, and what a disk does to a file later is noticed.
+    """
+
+    def __init__(self, directory: Path, *, keep: int = 1, read_only: bool = False):
+        """Open the folder.
+
+        Args:
+            directory: created unless `read_only`.
+            keep: how many checkpoints to keep, the newest.
+            read_only: leave everything as it is, for a process that does not own the run.
+        """
+        self.directory = directory.absolute()
+        self._read_only = read_only
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                create=not read_only,
+                cleanup_tmp_directories=not read_only,
+                enable_async_checkpointing=False,
+            ),
+        )
+
+    def save(self, step: int, state: TrainState, wall_seconds: float) -> None:
+        """Write the state of a step; it is on the disk when this returns."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(jax.device_get(state)),
+                record=ocp.args.JsonSave({"wall_seconds": wall_seconds}),
+            ),
+        )
+        folder = self.directory / str(step)
+        write_json(
+            folder / SEAL, {str(path.relative_to(folder)): _crc(path) for path in _files(folder)}
+        )
+
+    def restore_newest(self, template: TrainState, tell: Callable[[str], None]) -> Restored | None:
+        """Return the newest checkpoint that is whole, or None where there is none at all.
+
+        One that is not whole is set aside in `damaged_checkpoints/` (unless the folder is
+        read-only), and the one before it is tried.
+
+        Args:
+            template: a state of the same structure, shapes and dtypes.
+            tell: called with a sentence for every checkpoint that is not whole.
+
+        Raises:
+            TrainingError: if there are checkpoints and none of them is whole.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            folder = self.directory / str(step)
+            damage = _damage(folder)
+            if damage is None:
+                return self._restore(step, template)
+            if not self._read_only:
+                folder = self._set_aside(step)
+            tell(f"the checkpoint of step {step} is not whole: {damage}; it is left in {folder}.")
+        if steps:
+            raise TrainingError(
+                f"no checkpoint in {self.directory} is whole; start in another --workdir."
+            )
+        return None
+
+    def _restore(self, step: int, template: TrainState) -> Restored:
+        arrays = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), template)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(arrays), record=ocp.args.JsonRestore()
+            ),
+        )
+        return Restored(restored.state, step, restored.record["wall_seconds"])
+
+    def _set_aside(self, step: int) -> Path:
+        aside = self.directory.parent / "damaged_checkpoints" / str(step)
+        aside.parent.mkdir(exist_ok=True)
+        again = 1
+        while aside.exists():
+            again += 1
+            aside = aside.with_name(f"{step}-{again}")
+        (self.directory / str(step)).rename(aside)
+        self._manager.reload()
+        return aside
+
+    def close(self) -> None:
+        """Free what the manager holds."""
+        self._manager.close()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+
+
+def _crc(path: Path) -> int:
+    return zlib.crc32(path.read_bytes())
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        seal: dict[str, int] = json.loads((folder / SEAL).read_text())
+    except (OSError, ValueError) as error:
+        return f"{SEAL} cannot be read ({error})"
+    for name, crc in seal.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _crc(folder / name) != crc:
+            return f"{name} is not what was written"
+    return None

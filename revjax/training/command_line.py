@@ -1,0 +1,113 @@
+"""`train.py --config FILE [--workdir DIR] [--config.KEY=VALUE ...] [--eval_only]` as a record."""
+
+import importlib.util
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from revjax.training.errors import ConfigError
+
+
+class Arguments(NamedTuple):
+    """What the command line asks for."""
+
+    config: ConfigDict  # the config file's values under the command line's overrides, unchecked
+    config_name: str  # the config file's name without its suffix
+    workdir: Path
+    eval_only: bool
+
+
+def parse_arguments(argv: Sequence[str]) -> Arguments | str:
+    """Reads the command line, the config file it names, and its overrides of that config.
+
+    The flags live in tables of their own, not in absl's global one, so a process may parse as
+    many command lines as it likes.
+
+    Args:
+        argv: the command line; `argv[0]` is the program's name.
+
+    Returns:
+        The arguments, or the text to print where the command line asks for `--help`.
+
+    Raises:
+        ConfigError: for an unknown flag or key, a value of the wrong type, or a config file that
+            cannot be loaded.
+    """
+    own = flags.FlagValues()
+    flags.DEFINE_string("config", None, "The config, a file of configs/.", flag_values=own)
+    flags.DEFINE_string("workdir", None, "Default: runs/<config name>.", flag_values=own)
+    flags.DEFINE_bool("eval_only", False, "Only evaluate the newest checkpoint.", flag_values=own)
+    flags.DEFINE_bool("help", False, "Print this text.", flag_values=own)
+    try:
+        rest = own(list(argv), known_only=True)
+    except flags.Error as error:
+        raise ConfigError(_last_line(error)) from error
+    if own.help:
+        return f"{__doc__}\n{own.get_help(include_special_flags=False)}"
+    if not own.config:
+        raise ConfigError(
+            "no config is given; name a file, as in --config configs/digits_revnet.py."
+        )
+
+    config = _load_config(own.config)
+    for argument in rest:
+        override = re.match(r"--?(?:no)?config\.([^=]*)", argument)
+        if override:
+            _check_key(config, override[1])
+    overrides = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, flag_values=overrides, sys_argv=rest)
+    try:
+        stray = overrides(rest)[1:]
+    except (flags.Error, TypeError, ValueError) as error:
+        raise ConfigError(_last_line(error)) from error
+    if stray:
+        raise ConfigError(
+            f"{stray[0]!r} is no flag; a value of the config is set by --config.KEY=VALUE."
+        )
+    name = Path(own.config).stem
+    workdir = Path(own.workdir) if own.workdir else Path("runs") / name
+    return Arguments(config, name, workdir, own.eval_only)
+
+
+def _load_config(path: str) -> ConfigDict:
+    """Runs a config file, which is Python, and returns what its `get_config()` returns."""
+    if not Path(path).is_file():
+        raise ConfigError(f"--config={path}: there is no such file.")
+    spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--config={path}: a config is a Python file, whose name ends in .py.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:  # whatever a user's Python may raise
+        what = f"{type(error).__name__}: {_last_line(error)[:-1]}"
+        raise ConfigError(f"--config={path}: its get_config() cannot be run ({what}).") from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(
+            f"--config={path}: get_config() returned {config!r}; an ml_collections ConfigDict is due."
+        )
+    return config
+
+
+def _check_key(config: ConfigDict, key: str) -> None:
+    """Raises unless `key`, as in "data.name", leads to a value in `config`."""
+    group, path = config, "config"
+    for part in key.split("."):
+        if not isinstance(group, ConfigDict):
+            raise ConfigError(f"--config.{key}: {path} is a value and has no keys of its own.")
+        if part not in group:
+            raise ConfigError(
+                f"--config.{key}: {path} has no key {part!r}; it has {', '.join(sorted(group))}."
+            )
+        group, path = group[part], f"{path}.{part}"
+
+
+def _last_line(error: Exception) -> str:
+    """The line of an exception's text that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1].rstrip(".") + "." if lines else f"{type(error).__name__}."

@@ -1,0 +1,190 @@
+"""A run's configuration as a typed record, and every check that needs no computation.
+
+The fields below are all the keys there are: what is not a field is refused, so that a key that
+nothing reads is an error and not a silence.
+"""
+
+import dataclasses
+import itertools
+import math
+import types
+import typing
+from typing import Any
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from revjax.data import DataError, dataset_info
+from revjax.models import list_models
+from revjax.training.errors import ConfigError
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+GENERIC_MODELS = ("resnet", "revnet")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the examples come from and how training augments them."""
+
+    name: str
+    padding: int  # pixels a side, before the random crop to the original size
+    flip: bool  # mirror half of the images
+    dir: str | None = None  # of the prepared data set; None: the data layer's default
+    source: str | None = None  # official files already on disk; None: download
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The network, and how its gradient is found."""
+
+    name: str
+    backward: str  # "reversible", "remat" or "store"
+    dtype: str  # of the residual functions: "float32" or "bfloat16"
+    grid_bits: int | None = None  # RevNets only: the stream's grid 2^-k; None: plain float
+    units: tuple[int, ...] | None = None  # the generic names only: units of each stage
+    filters: tuple[int, ...] | None = None  # the same: the stem's width, then each stage's
+    bottleneck: bool | None = None  # the same
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """SGD with momentum on a piecewise constant learning rate."""
+
+    learning_rate: float
+    boundaries: tuple[int, ...]  # steps from which the rate is multiplied once more
+    decay_factor: float
+    momentum: float
+    weight_decay: float  # the loss has weight_decay / 2 * ||w||^2 for every kernel w
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything a run is told; all lengths and intervals are in training steps."""
+
+    data: DataConfig
+    model: ModelConfig
+    optim: OptimConfig
+    seed: int
+    steps: int
+    batch_size: int
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+    keep_checkpoints: int
+
+
+def check_config(values: ConfigDict) -> Config:
+    """Turns the config of the command line into a record, or says what is wrong with it.
+
+    Args:
+        values: what `get_config()` returned, under the command line's overrides.
+
+    Returns:
+        The same values, checked one by one and against each other and the data set's sizes.
+
+    Raises:
+        ConfigError: a sentence that names the key, its value, and what was due.
+    """
+    config = _record(Config, values, "config")
+    data, model, optim = config.data, config.model, config.optim
+
+    # Names, and the keys that only some of them read.
+    try:
+        info = dataset_info(data.name, data_dir=data.dir)
+    except DataError as error:
+        raise ConfigError(f"config.data.name is {data.name!r}: {error}") from error
+    if data.name == "digits":
+        _refuse(values.data, "data", ("dir", "source"), "digits comes with scikit-learn")
+    names = (*GENERIC_MODELS, *list_models())
+    _require(model.name in names, "model.name", model.name, f"one of {', '.join(names)}")
+    if model.name.startswith("resnet"):
+        _refuse(values.model, "model", ("grid_bits",), "a ResNet has no reversible stream")
+    elif "grid_bits" not in values.model:
+        raise ConfigError("config.model.grid_bits is missing; a RevNet needs it (14, or None).")
+    for key in ("units", "filters", "bottleneck"):
+        if model.name not in GENERIC_MODELS:
+            _refuse(values.model, "model", (key,), f"{model.name} is fixed")
+        elif getattr(model, key) is None:
+            raise ConfigError(f"config.model.{key} is missing; the model {model.name!r} needs it.")
+    _require(model.dtype in DTYPES, "model.dtype", model.dtype, f"one of {', '.join(DTYPES)}")
+    if model.grid_bits is not None:
+        _require(0 <= model.grid_bits <= 23, "model.grid_bits", model.grid_bits, "0 to 23, or None")
+
+    # Numbers.
+    for key in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every"):
+        _require(getattr(config, key) > 0, key, getattr(config, key), "a number above 0")
+    _require(config.keep_checkpoints > 0, "keep_checkpoints", config.keep_checkpoints, "at least 1")
+    _require(config.steps < 2**31, "steps", config.steps, "below 2^31")
+    _require(0 <= config.seed < 2**31, "seed", config.seed, "0 to 2^31 - 1")
+    _require(
+        0 < optim.learning_rate < math.inf, "optim.learning_rate", optim.learning_rate, "above 0"
+    )
+    _require(0 < optim.decay_factor < math.inf, "optim.decay_factor", optim.decay_factor, "above 0")
+    _require(0 <= optim.momentum < 1, "optim.momentum", optim.momentum, "in [0, 1)")
+    _require(0 <= optim.weight_decay < math.inf, "optim.weight_decay", optim.weight_decay, ">= 0")
+    edges = (0, *optim.boundaries, 2**31)
+    if any(left >= right for left, right in itertools.pairwise(edges)):
+        raise ConfigError(
+            f"config.optim.boundaries is {optim.boundaries}; increasing steps above 0 are due."
+        )
+
+    # Against the data.
+    _require(
+        config.batch_size <= info.train_size,
+        "batch_size",
+        config.batch_size,
+        f"at most the {info.train_size} training examples of {data.name}",
+    )
+    _require(
+        0 <= data.padding < min(info.image_shape[:2]),
+        "data.padding",
+        data.padding,
+        f"0 to less than the images' side, {min(info.image_shape[:2])}",
+    )
+    return config
+
+
+def _record(record: type, values: Any, path: str) -> Any:
+    """Builds a dataclass from a ConfigDict whose keys and types must be its fields'."""
+    if not isinstance(values, ConfigDict):
+        raise ConfigError(f"{path} is {values!r}; a group of keys is due.")
+    hints = typing.get_type_hints(record)
+    for key in values:
+        if key not in hints:
+            raise ConfigError(f"{path}.{key} is a key that nothing reads; remove it.")
+    fields = {}
+    for field in dataclasses.fields(record):
+        key = f"{path}.{field.name}"
+        if field.name in values:
+            fields[field.name] = _value(hints[field.name], values[field.name], key)
+        elif field.default is dataclasses.MISSING:
+            raise ConfigError(f"{key} is missing from the config.")
+    return record(**fields)
+
+
+def _value(hint: Any, value: Any, key: str) -> Any:
+    """Returns `value` as the field's type, which is the only one it may have."""
+    if dataclasses.is_dataclass(hint):
+        return _record(typing.cast(type, hint), value, key)
+    if isinstance(hint, types.UnionType):  # TYPE | None
+        return None if value is None else _value(typing.get_args(hint)[0], value, key)
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint == tuple[int, ...]:
+        if isinstance(value, tuple) and all(type(item) is int for item in value):
+            return value
+        raise ConfigError(f"{key} is {value!r}; a tuple of integers is due.")
+    if type(value) is not hint:
+        raise ConfigError(f"{key} is {value!r}; {hint.__name__} is due.")
+    return value
+
+
+def _require(holds: bool, key: str, value: Any, due: str) -> None:
+    if not holds:
+        raise ConfigError(f"config.{key} is {value!r}; {due} is due.")
+
+
+def _refuse(group: ConfigDict, name: str, keys: tuple[str, ...], why: str) -> None:
+    for key in keys:
+        if key in group:
+            raise ConfigError(f"config.{name}.{key} is a key that nothing reads: {why}.")

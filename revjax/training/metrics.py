@@ -1,0 +1,79 @@
+"""What a run measured: `metrics.jsonl`, one JSON object a row, and the same for TensorBoard."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from revjax.training.errors import TrainingError
+
+
+def read_rows(workdir: Path) -> list[dict[str, Any]]:
+    """Returns the rows of `metrics.jsonl`, without a last line that was not written to its end.
+
+    Raises:
+        TrainingError: if any other line is not a row.
+    """
+    path = workdir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    rows = []
+    lines = path.read_bytes().split(b"\n")  # the last is empty, or a row without its end
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise ValueError("a row is an object with a step")
+            rows.append(row)
+        except ValueError as error:
+            if number == len(lines) - 1:
+                break
+            raise TrainingError(
+                f"line {number} of {path} is not a row of metrics; mend or remove the line."
+            ) from error
+    return rows
+
+
+class MetricsLog:
+    """The rows of a run, in `metrics.jsonl` and as TensorBoard events."""
+
+    def __init__(self, workdir: Path, step: int):
+        """Opens the log of a run that goes on from `step`; later rows are dropped."""
+        self._path = workdir / "metrics.jsonl"
+        self.rows = [row for row in read_rows(workdir) if row["step"] <= step]
+        temporary = self._path.with_name("metrics.jsonl.tmp")
+        temporary.write_text("".join(map(_line, self.rows)))
+        os.replace(temporary, self._path)
+        self._file = open(self._path, "a")
+        self._events = SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=step + 1, filename_suffix=f".{step}"
+        )
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Adds a row; `step` and `split` say what it is about, the rest are numbers."""
+        self.rows.append(row)
+        self._file.write(_line(row))
+        self._file.flush()
+        for name, value in row.items():
+            if name not in ("step", "split"):
+                self._events.add_scalar(f"{row['split']}/{name}", value, row["step"])
+
+    def last(self, split: str) -> dict[str, Any] | None:
+        """Returns the newest row of a split, if there is one."""
+        return next((row for row in reversed(self.rows) if row["split"] == split), None)
+
+    def sync(self) -> None:
+        """Returns when every row is on the disk; a checkpoint must not be ahead of its rows."""
+        os.fsync(self._file.fileno())
+        self._events.flush()
+
+    def close(self) -> None:
+        """Closes both files."""
+        self._file.close()
+        self._events.close()
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"

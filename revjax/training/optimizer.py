@@ -1,0 +1,55 @@
+"""SGD as the RevNet authors train: momentum, kernels decayed, a rate that drops at given steps."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from revjax.training.config import OptimConfig
+
+
+def learning_rate_schedule(config: OptimConfig) -> Callable[[ArrayLike], jax.Array]:
+    """Returns the learning rate as a function of the step, jit-able.
+
+    `rate(s) = learning_rate * decay_factor^n`, n the number of boundaries b with b <= s. The
+    boundaries are absolute steps: a shorter run simply ends before some of them.
+
+    Args:
+        config: the rate, the factor, and the steps at which it is applied.
+    """
+    rates = [
+        config.learning_rate * config.decay_factor**n for n in range(len(config.boundaries) + 1)
+    ]
+
+    def rate(step: ArrayLike) -> jax.Array:
+        dropped = jnp.asarray(config.boundaries, jnp.int32) <= jnp.asarray(step)
+        return jnp.asarray(rates, jnp.float32)[dropped.sum()]
+
+    return rate
+
+
+def is_kernel(path: tuple[Any, ...]) -> bool:
+    """Whether a parameter's path in the tree of parameters is that of a kernel."""
+    return any(getattr(key, "key", None) == "kernel" for key in path)
+
+
+def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
+    """Returns `v <- momentum v + g + weight_decay w;  w <- w - rate(step) v`.
+
+    The decay, the gradient of `weight_decay / 2 * ||w||^2`, is for convolution and dense kernels
+    alone: not for biases, nor for the scale and bias of BatchNorm.
+
+    Args:
+        config: the rate's schedule, the momentum and the weight decay.
+    """
+
+    def kernels(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: is_kernel(path), params)
+
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay, mask=kernels),
+        optax.sgd(learning_rate_schedule(config), momentum=config.momentum),
+    )

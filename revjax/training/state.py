@@ -1,0 +1,119 @@
+"""What a training run is at a step: all that a checkpoint must hold, and nothing else."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from revjax.data import dataset_info
+from revjax.models import create_model
+from revjax.revnet import StreamPeak
+from revjax.training.config import DTYPES, Config
+from revjax.training.errors import ConfigError
+
+
+class Interval(NamedTuple):
+    """Sums over the steps since the last logged one."""
+
+    steps: jax.Array  # int32 []
+    loss: jax.Array  # float32 [], sum over the steps of the mean over the batch
+    correct: jax.Array  # int32 [], examples whose largest logit is their label's
+    stream_peak: jax.Array  # float32 [], largest |stream|; 0 without a stream
+
+
+class TrainState(NamedTuple):
+    """The state of a run before step `step`.
+
+    The order of the examples and the augmentation's randomness are functions of the seed and the
+    step, so neither an iterator nor a key belongs here.
+    """
+
+    step: jax.Array  # int32 [], training steps done
+    params: nnx.State  # the model's nnx.Param
+    variables: nnx.State  # all else of the model: running statistics, the stream's peak
+    opt_state: optax.OptState
+    interval: Interval
+    stream_peak: jax.Array  # float32 [], largest |stream| of all steps done
+    failed_step: jax.Array  # int32 [], the step, from 1, that was not finite; 0: there is none
+
+
+class Abstract(NamedTuple):
+    """The network without its numbers."""
+
+    train_graph: Any  # nnx.GraphDef of model.train()
+    eval_graph: Any  # nnx.GraphDef of model.eval()
+    num_parameters: int
+    has_stream: bool  # whether the model reports its largest |stream|
+
+
+def build_model(config: Config) -> nnx.Module:
+    """Returns the config's network, its parameters drawn from the config's seed."""
+    model = config.model
+    info = dataset_info(config.data.name, data_dir=config.data.dir)
+    options: dict[str, Any] = {}
+    if not model.name.startswith("resnet"):
+        options["grid_bits"] = model.grid_bits
+    if model.units is not None:
+        options |= {"units": model.units, "filters": model.filters, "bottleneck": model.bottleneck}
+    return create_model(
+        model.name,
+        info.num_classes,
+        rngs=nnx.Rngs(config.seed),
+        in_channels=info.image_shape[-1],
+        backward=model.backward,
+        dtype=DTYPES[model.dtype],
+        **options,
+    )
+
+
+def abstract_model(config: Config) -> Abstract:
+    """Traces the network on one batch, so that one that cannot be built is refused early.
+
+    Nothing is compiled and no array is made.
+
+    Raises:
+        ConfigError: for what the model or its units refuse, in their words.
+    """
+    image_shape = dataset_info(config.data.name, data_dir=config.data.dir).image_shape
+    images = jax.ShapeDtypeStruct((config.batch_size, *image_shape), jnp.float32)
+    try:
+        model = nnx.eval_shape(lambda: build_model(config))
+        nnx.eval_shape(lambda model, images: model(images), model, images)
+    except ValueError as error:
+        raise ConfigError(f"config.model: {error}") from error
+    model.train()
+    train_graph, params, variables = nnx.split(model, nnx.Param, ...)
+    model.eval()
+    return Abstract(
+        train_graph=train_graph,
+        eval_graph=nnx.graphdef(model),
+        num_parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        has_stream=bool(jax.tree.leaves(nnx.filter_state(variables, StreamPeak))),
+    )
+
+
+def initial_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
+    """Return the state before the first step; a function of the config alone."""
+    model = build_model(config)
+    model.train()
+    _, params, variables = nnx.split(model, nnx.Param, ...)
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        variables=variables,
+        opt_state=optimizer.init(params),
+        interval=Interval(jnp.int32(0), jnp.float32(0), jnp.int32(0), jnp.float32(0)),
+        stream_peak=jnp.float32(0),
+        failed_step=jnp.int32(0),
+    )
+
+
+def draw(initial: Callable[[], TrainState]) -> TrainState:
+    """Return `initial()`, as one program compiled without optimisation.
+
+    It runs once, and XLA:CPU needs seconds to optimise the random numbers of every kernel.
+    """
+    return jax.jit(initial, compiler_options={"xla_backend_optimization_level": 0})()

@@ -1,0 +1,150 @@
+"""The compiled programs: several training steps a dispatch, and a batch of evaluation."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from revjax.data import Dataset, augment, mean_image, normalize
+from revjax.revnet import StreamPeak
+from revjax.training.config import Config
+from revjax.training.state import Abstract, Interval, TrainState
+
+
+class Split(NamedTuple):
+    """Half of a data set on the device."""
+
+    images: jax.Array  # uint8 [N, H, W, C]
+    labels: jax.Array  # int32 [N]
+    mean: jax.Array  # float32 [H, W, C], mean image of the *training* half
+
+
+class Report(NamedTuple):
+    """What a dispatch of training steps tells the host, about the steps since the last log."""
+
+    loss: jax.Array  # float32 [], mean cross-entropy
+    accuracy: jax.Array  # float32 [], on augmented batches, in training mode
+    learning_rate: jax.Array  # float32 [], of the last step
+    stream_peak: jax.Array  # float32 [], largest |stream|
+    run_peak: jax.Array  # float32 [], the same since step 0
+    failed_step: jax.Array  # int32 [], as in TrainState
+
+
+def put_on_device(dataset: Dataset) -> tuple[Split, Split]:
+    """Returns the training and the test half, with the training half's mean image."""
+    mean = jnp.asarray(mean_image(dataset.train_images))
+    train = Split(jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels), mean)
+    test = Split(jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels), mean)
+    return train, test
+
+
+def make_train_steps(
+    config: Config,
+    model: Abstract,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[jax.Array], jax.Array],
+) -> Callable[[TrainState, Split, jax.Array, jax.Array], tuple[TrainState, Report]]:
+    """Returns the jitted `train_steps(state, data, indices, num_steps) -> state, report`.
+
+    `indices`, int32 [K, batch_size], names the examples of up to K steps, of which the first
+    `num_steps` are made. As `num_steps` is a traced value, one program serves every number of
+    steps, and each step is the same machine code whichever dispatch it falls into: the result
+    does not depend, to the last bit, on how the steps are dispatched.
+
+    The state is donated. A step whose loss or gradient is not finite is the last one made, and
+    the report names it: the state is then lost, and the newest checkpoint is what is left.
+    """
+
+    def train_step(state: TrainState, data: Split, indices: jax.Array) -> TrainState:
+        images = augment(
+            jax.random.fold_in(jax.random.key(config.seed), state.step),
+            data.images[indices],
+            data.mean,
+            padding=config.data.padding,
+            flip=config.data.flip,
+        )
+        labels = data.labels[indices]
+
+        def loss_fn(params: Any) -> tuple[jax.Array, Any]:
+            module = nnx.merge(model.train_graph, params, state.variables, copy=True)
+            logits = module(images)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            correct = (jnp.argmax(logits, axis=-1) == labels).sum(dtype=jnp.int32)
+            return losses.mean(), (correct, nnx.state(module, nnx.Not(nnx.Param)))
+
+        (loss, (correct, variables)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params
+        )
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        peaks = jax.tree.leaves(nnx.filter_state(variables, StreamPeak))
+        peak = jnp.max(jnp.stack(peaks)) if peaks else jnp.float32(0)
+        fresh = state.step % config.log_every == 0  # the first step after a logged one
+        last = jax.tree.map(lambda total: jnp.where(fresh, 0, total), state.interval)
+        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+        return TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            variables=variables,
+            opt_state=opt_state,
+            interval=Interval(
+                steps=last.steps + 1,
+                loss=last.loss + loss,
+                correct=last.correct + correct,
+                stream_peak=jnp.maximum(last.stream_peak, peak),
+            ),
+            stream_peak=jnp.maximum(state.stream_peak, peak),
+            failed_step=jnp.where(finite, 0, state.step + 1),
+        )
+
+    def train_steps(
+        state: TrainState, data: Split, indices: jax.Array, num_steps: jax.Array
+    ) -> tuple[TrainState, Report]:
+        def unfinished(carry: tuple[jax.Array, TrainState]) -> jax.Array:
+            index, state = carry
+            return (index < num_steps) & (state.failed_step == 0)
+
+        def advance(carry: tuple[jax.Array, TrainState]) -> tuple[jax.Array, TrainState]:
+            index, state = carry
+            return index + 1, train_step(state, data, indices[index])
+
+        _, state = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), state))
+        steps = state.interval.steps.astype(jnp.float32)
+        report = Report(
+            loss=state.interval.loss / steps,
+            accuracy=state.interval.correct.astype(jnp.float32) / (steps * config.batch_size),
+            learning_rate=schedule(state.step - 1),
+            stream_peak=state.interval.stream_peak,
+            run_peak=state.stream_peak,
+            failed_step=state.failed_step,
+        )
+        return state, report
+
+    return jax.jit(train_steps, donate_argnums=0)
+
+
+def make_eval_batch(
+    model: Abstract, batch_size: int
+) -> Callable[[nnx.State, nnx.State, Split, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Returns the jitted `eval_batch(params, variables, data, start) -> loss, correct`.
+
+    The batch is the examples `start` to `start + batch_size`, fewer at the end of the data; the
+    loss, float32, and the number of correct answers, int32, are sums over it.
+    """
+
+    def eval_batch(
+        params: nnx.State, variables: nnx.State, data: Split, start: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        indices = start + jnp.arange(batch_size, dtype=jnp.int32)
+        counted = indices < len(data.labels)
+        indices = jnp.minimum(indices, len(data.labels) - 1)
+        labels = data.labels[indices]
+        images = normalize(data.images[indices], data.mean)
+        logits = nnx.merge(model.eval_graph, params, variables)(images)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        correct = (jnp.argmax(logits, axis=-1) == labels) & counted
+        return jnp.where(counted, losses, 0).sum(), correct.sum(dtype=jnp.int32)
+
+    return jax.jit(eval_batch)

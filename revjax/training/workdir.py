@@ -1,0 +1,105 @@
+"""The folder of a run: whose it is, which config it was started with, and whole files only."""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+from revjax.training.errors import ConfigError, TrainingError
+
+# Keys that cannot change a number of the result: where the same bytes are read from (their
+# checksums are the data layer's concern), and when a checkpoint is written and kept.
+FREE_KEYS = ("data.dir", "data.source", "checkpoint_every", "keep_checkpoints")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file that is, at any moment, either what it was before or complete."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        json.dump(value, file, indent=2, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def lock_workdir(workdir: Path) -> TextIO:
+    """Creates the folder if need be and makes it this process's own until the process ends.
+
+    Returns:
+        The lock's file; the lock ends when it is closed, or with the process, however that ends.
+
+    Raises:
+        TrainingError: if another process has the folder, or it cannot be written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = open(workdir / ".lock", "a+")
+    except OSError as error:
+        raise TrainingError(
+            f"the workdir {workdir} cannot be written ({error.strerror}); give another --workdir."
+        ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.seek(0)
+        owner = lock.read().strip() or "unknown"
+        lock.close()
+        raise TrainingError(
+            f"the workdir {workdir} is in use by another run (process {owner}); "
+            "wait for it, or give another --workdir."
+        ) from error
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    return lock
+
+
+def check_same_config(workdir: Path, config: dict[str, Any]) -> None:
+    """Raises unless the folder is new or its run was started with this config.
+
+    `FREE_KEYS` may differ, and `steps` may have grown: the run then goes on to the new end.
+
+    Args:
+        workdir: the run's folder.
+        config: the config as nested dicts.
+
+    Raises:
+        ConfigError: naming every key that differs, with both values.
+        TrainingError: if the folder holds checkpoints of an unknown config.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        if any((workdir / "checkpoints").glob("[0-9]*")):
+            raise TrainingError(
+                f"{workdir} has checkpoints but no config.json to say what they are of; "
+                "give another --workdir."
+            )
+        return
+    ours, theirs = _flat(json.loads(json.dumps(config))), _flat(json.loads(path.read_text()))
+    differing = [
+        f"config.{key} is {_shown(ours, key)}, there {_shown(theirs, key)}"
+        for key in sorted(ours.keys() | theirs.keys())
+        if key not in FREE_KEYS and _shown(ours, key) != _shown(theirs, key)
+        if key != "steps" or ours["steps"] < theirs["steps"]
+    ]
+    if differing:
+        raise ConfigError(
+            f"the run in {workdir} has another config: {'; '.join(differing)}; "
+            "give another --workdir, or that run's values (only config.steps may grow)."
+        )
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _shown(config: dict[str, Any], key: str) -> str:
+    return repr(config[key]) if key in config else "not set"

@@ -1,0 +1,80 @@
+"""What a custom derivative rule needs of pytrees: floating leaves apart, closures made inputs.
+
+A tree is partitioned into two of the same structure: one keeps the floating leaves, the other the
+rest, each with None in the holes. Cotangents are trees of the first kind.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+
+
+def is_inexact(leaf) -> bool:
+    """True for floating and complex leaves: those that are rounded, scaled and differentiated."""
+    return jnp.issubdtype(jax.typeof(leaf).dtype, jnp.inexact)
+
+
+def partition(tree: PyTree) -> tuple[PyTree, PyTree]:
+    """Split into `(floating leaves, other leaves)`, with None in the holes."""
+    floating = jax.tree.map(lambda leaf: leaf if is_inexact(leaf) else None, tree)
+    others = jax.tree.map(lambda leaf: None if is_inexact(leaf) else leaf, tree)
+    return floating, others
+
+
+def merge(floating: PyTree, others: PyTree) -> PyTree:
+    """The inverse of `partition`."""
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, floating, others, is_leaf=lambda leaf: leaf is None
+    )
+
+
+def add(a: PyTree, b: PyTree) -> PyTree:
+    """Sum of two cotangents."""
+    return jax.tree.map(lambda a, b: a + b, a, b)
+
+
+def vjp(fun: Callable, *operands: PyTree) -> tuple[PyTree, Callable[[PyTree], tuple]]:
+    """`jax.vjp` in which only floating leaves have cotangents.
+
+    Returns:
+        `fun(*operands)`, and a function from the cotangent of that to those of the operands.
+    """
+    floating, others = partition(operands)
+
+    def floating_fun(floating):
+        return partition(fun(*merge(floating, others)))
+
+    out, pullback, out_others = jax.vjp(floating_fun, floating, has_aux=True)
+    return merge(out, out_others), lambda cotangent: pullback(cotangent)[0]
+
+
+def hoist_closure(fun: Callable, *operands: PyTree) -> tuple[Callable, list[Any]]:
+    """Trace `fun` and make the traced values that it closes over explicit.
+
+    `jax.closure_convert` does so for floats only; an integer or a key of an enclosing trace would
+    still leak into the backward pass.
+
+    Args:
+        fun: any traceable function.
+        *operands: pytrees of arrays or `jax.ShapeDtypeStruct`, as `fun` will be given them.
+
+    Returns:
+        `closed` and `captured`, such that `closed(captured, *operands)` is `fun(*operands)`.
+    """
+    jaxpr, out = jax.make_jaxpr(fun, return_shape=True)(*operands)
+    out_structure = jax.tree.structure(out)
+    is_traced = [isinstance(const, jax.core.Tracer) for const in jaxpr.consts]
+    fixed = [None if t else c for c, t in zip(jaxpr.consts, is_traced, strict=True)]
+    captured = [c for c, t in zip(jaxpr.consts, is_traced, strict=True) if t]
+
+    def closed(captured, *operands):
+        traced = iter(captured)
+        consts = [next(traced) if t else c for c, t in zip(fixed, is_traced, strict=True)]
+        leaves = jax.core.eval_jaxpr(jaxpr.jaxpr, consts, *jax.tree.leaves(operands))
+        return jax.tree.unflatten(out_structure, leaves)
+
+    return closed, captured

@@ -1,0 +1,16 @@
+"""Every test runs on four CPU devices under JAX's strict promotion rules."""
+
+import os
+
+# Set before JAX starts, and inherited by the processes that tests start. JAX_PLATFORMS may be set
+# to run the suite on an accelerator. NPROC sizes XLA's thread pool: with fewer cores than devices,
+# all threads of the pool can wait in one collective (seen with jax 0.10.2 on two cores), so every
+# device has two.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["NPROC"] = "8"
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")

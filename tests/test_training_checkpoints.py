@@ -1,0 +1,154 @@
+"""Checkpoints come back bit for bit, or are named as damaged and the one before is used."""
+
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from revjax.training.checkpoints import Checkpoints
+from revjax.training.errors import TrainingError
+from revjax.training.optimizer import OptimConfig, make_optimizer
+from revjax.training.state import Interval, TrainState
+
+
+@pytest.fixture(scope="module")
+def states():
+    """The states of a run, by step."""
+    optimizer = make_optimizer(OptimConfig(0.1, (), 0.1, 0.9, 2e-4))
+
+    def state(step: int) -> TrainState:
+        rng = np.random.default_rng(step)
+        kernel = jnp.asarray(rng.normal(size=(3, 3, 8, 16)), jnp.float32)
+        params = nnx.State({"conv": {"kernel": nnx.Param(kernel)}})
+        return TrainState(
+            step=jnp.int32(step),
+            params=params,
+            variables=nnx.State({"norm": {"mean": nnx.BatchStat(kernel[0, 0, 0])}}),
+            opt_state=optimizer.init(params),
+            interval=Interval(jnp.int32(3), jnp.float32(0.7), jnp.int32(9), jnp.float32(2)),
+            stream_peak=jnp.float32(2.5),
+            failed_step=jnp.int32(0),
+        )
+
+    return {step: state(step) for step in (0, 10, 20, 30)}
+
+
+@pytest.fixture
+def saved(tmp_path, states):
+    """The folder of a run that saved at steps 10, 20 and 30 and kept the newest two."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    for step in (10, 20, 30):
+        checkpoints.save(step, states[step], wall_seconds=1.5 * step)
+    checkpoints.close()
+    return tmp_path / "checkpoints"
+
+
+def restore(directory, template, *, read_only=False):
+    told = []
+    checkpoints = Checkpoints(directory, keep=2, read_only=read_only)
+    try:
+        return checkpoints.restore_newest(template, told.append), told
+    finally:
+        checkpoints.close()
+
+
+def steps(directory):
+    return sorted(int(path.name) for path in directory.iterdir())
+
+
+def test_newest_comes_back_bit_for_bit(saved, states):
+    restored, told = restore(saved, states[0])
+    assert restored is not None
+    assert (restored.step, restored.wall_seconds, told) == (30, 45.0, [])
+    assert jax.tree.structure(restored.state) == jax.tree.structure(states[30])
+    chex.assert_trees_all_equal(restored.state, states[30])
+    assert steps(saved) == [20, 30]
+
+
+def test_none_without_checkpoints(tmp_path, states):
+    assert restore(tmp_path / "checkpoints", states[0]) == (None, [])
+
+
+def largest_file(directory):
+    """The file with the numbers of the state."""
+    return max(directory.rglob("d/*"), key=lambda path: path.stat().st_size)
+
+
+def truncate(directory):
+    path = largest_file(directory / "state")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(directory):
+    path = largest_file(directory / "state")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def lose_a_file(directory):
+    largest_file(directory / "state").unlink()
+
+
+def lose_the_record(directory):
+    shutil.rmtree(directory / "record")
+
+
+def lose_the_seal(directory):
+    """What a process leaves that is killed between the checkpoint and its seal."""
+    (directory / "files.json").unlink()
+
+
+def empty_the_seal(directory):
+    (directory / "files.json").write_bytes(b"")
+
+
+DAMAGES = [truncate, flip_a_bit, lose_a_file, lose_the_record, lose_the_seal, empty_the_seal]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_set_aside(saved, states, damage):
+    damage(saved / "30")
+    restored, told = restore(saved, states[0])
+    assert restored is not None
+    assert restored.step == 20
+    chex.assert_trees_all_equal(restored.state, states[20])
+    assert len(told) == 1
+    assert "the checkpoint of step 30 is not whole: " in told[0]
+    assert steps(saved) == [20]
+    assert (saved.parent / "damaged_checkpoints" / "30" / "state").is_dir()
+
+    checkpoints = Checkpoints(saved, keep=2)  # and the step can be saved again
+    checkpoints.save(30, states[30], wall_seconds=0.0)
+    checkpoints.close()
+    assert steps(saved) == [20, 30]
+
+
+def test_a_reader_leaves_a_damaged_checkpoint_alone(saved, states):
+    truncate(saved / "30")
+    restored, told = restore(saved, states[0], read_only=True)
+    assert restored is not None
+    assert restored.step == 20
+    assert len(told) == 1
+    assert steps(saved) == [20, 30]
+
+
+def test_nothing_but_damaged_checkpoints_is_an_error(saved, states):
+    for step in (20, 30):
+        truncate(saved / str(step))
+    with pytest.raises(TrainingError, match="no checkpoint in .* is whole"):
+        restore(saved, states[0])
+    assert steps(saved.parent / "damaged_checkpoints") == [20, 30]
+
+
+def test_a_save_that_was_killed_is_no_checkpoint(saved, states):
+    """A process killed while it saves leaves a folder under orbax's temporary name."""
+    shutil.copytree(saved / "30", saved / "40.orbax-checkpoint-tmp")
+    restored, told = restore(saved, states[0])
+    assert restored is not None
+    assert (restored.step, told) == (30, [])
+    assert steps(saved) == [20, 30]

@@ -1,0 +1,242 @@
+"""Command lines and configs that cannot be run: one sentence, exit code 2, nothing done."""
+
+import dataclasses
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+from revjax.training.command_line import Arguments, parse_arguments
+from revjax.training.config import Config, check_config
+from revjax.training.errors import ConfigError
+
+ROOT = Path(train.__file__).parent
+DIGITS = f"--config={ROOT}/configs/digits_revnet.py"
+CIFAR = f"--config={ROOT}/configs/cifar10_revnet38.py"
+RESNET = f"--config={ROOT}/configs/cifar100_resnet32.py"
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*_*.py"))
+
+
+@pytest.fixture
+def refused(monkeypatch, tmp_path, capsys):
+    """Run a command line that must be refused before any work, and return its sentence."""
+
+    def forbidden(*_, **__):
+        raise AssertionError("a refused run did some work")
+
+    def run(*arguments: str) -> str:
+        workdir = tmp_path / "run"
+        for work in ("load_dataset", "initial_state", "in_background", "write_json"):
+            monkeypatch.setattr(train, work, forbidden)
+        assert train.run(["train.py", f"--workdir={workdir}", *arguments]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert not workdir.exists()
+        assert re.fullmatch(r"train\.py: [^\n]+\.\n", err), f"not one sentence: {err!r}"
+        assert "Traceback" not in err
+        return err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        # flags and files
+        ([], "no config"),
+        (["--config"], "Missing value"),
+        (["--config=configs/none.py"], "no such file"),
+        (["--config=README"], "no such file"),
+        ([DIGITS, "--evalonly"], "evalonly"),
+        ([DIGITS, "stray"], "'stray' is no flag"),
+        ([DIGITS, "--eval_only=perhaps"], "eval_only"),
+        # unknown keys
+        ([DIGITS, "--config.stepz=3"], "config has no key 'stepz'; it has batch_size"),
+        ([DIGITS, "--config.data.nam=digits"], "config.data has no key 'nam'"),
+        ([DIGITS, "--config.steps.more=3"], "config.steps is a value"),
+        ([DIGITS, "--config.data.source=/tmp"], "no key 'source'"),
+        ([RESNET, "--config.model.grid_bits=14"], "no key 'grid_bits'"),
+        ([CIFAR, "--config.model.units=(1,1,1)"], "no key 'units'"),
+        # types
+        ([DIGITS, "--config.steps=many"], "config.steps"),
+        ([DIGITS, "--config.steps=1.5"], "config.steps"),
+        ([DIGITS, "--config.data=3"], "config.data"),
+        ([DIGITS, "--config.data.flip=perhaps"], "config.data.flip"),
+        ([DIGITS, "--config.model.grid_bits=14.5"], "config.model.grid_bits is 14.5"),
+        ([DIGITS, "--config.model.units=(1,'a')"], "config.model.units"),
+        ([DIGITS, "--config.optim.boundaries=(1.5,)"], "config.optim.boundaries"),
+        # names
+        ([DIGITS, "--config.data.name=digitz"], "config.data.name is 'digitz'"),
+        ([DIGITS, "--config.model.name=revnet39"], "config.model.name is 'revnet39'"),
+        ([DIGITS, "--config.model.name=revnet38"], "config.model.units"),
+        ([DIGITS, "--config.model.dtype=float16"], "config.model.dtype is 'float16'"),
+        ([DIGITS, "--config.model.backward=forward"], "forward"),
+        ([RESNET, "--config.model.backward=reversible"], "reversible"),
+        # numbers
+        ([DIGITS, "--config.steps=0"], "config.steps is 0"),
+        ([DIGITS, "--config.steps=-5"], "config.steps is -5"),
+        ([DIGITS, "--config.steps=3000000000"], "config.steps is 3000000000"),
+        ([DIGITS, "--config.seed=-1"], "config.seed is -1"),
+        ([DIGITS, "--config.seed=2147483648"], "config.seed is 2147483648"),
+        ([DIGITS, "--config.batch_size=0"], "config.batch_size is 0"),
+        ([DIGITS, "--config.batch_size=1438"], "config.batch_size is 1438; at most the 1437"),
+        ([DIGITS, "--config.log_every=0"], "config.log_every is 0"),
+        ([DIGITS, "--config.eval_every=-1"], "config.eval_every is -1"),
+        ([DIGITS, "--config.checkpoint_every=0"], "config.checkpoint_every is 0"),
+        ([DIGITS, "--config.keep_checkpoints=0"], "config.keep_checkpoints is 0"),
+        ([DIGITS, "--config.data.padding=-1"], "config.data.padding is -1"),
+        ([DIGITS, "--config.data.padding=8"], "config.data.padding is 8"),
+        ([DIGITS, "--config.optim.learning_rate=-0.1"], "config.optim.learning_rate is -0.1"),
+        ([DIGITS, "--config.optim.learning_rate=nan"], "config.optim.learning_rate is nan"),
+        ([DIGITS, "--config.optim.momentum=1"], "config.optim.momentum is 1.0"),
+        ([DIGITS, "--config.optim.weight_decay=-1"], "config.optim.weight_decay is -1.0"),
+        ([DIGITS, "--config.optim.decay_factor=0"], "config.optim.decay_factor is 0.0"),
+        ([DIGITS, "--config.optim.boundaries=(20,10)"], "config.optim.boundaries is (20, 10)"),
+        ([DIGITS, "--config.optim.boundaries=(0,)"], "config.optim.boundaries is (0,)"),
+        ([DIGITS, "--config.model.grid_bits=40"], "config.model.grid_bits is 40"),
+        # what the network refuses
+        ([DIGITS, "--config.model.filters=(15,15,30,60)"], "config.model: "),
+        ([DIGITS, "--config.model.units=(1,1)"], "config.model: "),
+        ([DIGITS, "--config.model.units=(0,1,1)"], "config.model: "),
+    ],
+)
+def test_refuses(refused, arguments, named):
+    assert named in refused(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("def get_config(: pass", "SyntaxError"),
+        ("x = 1", "get_config"),
+        ("def get_config(): return 5", "returned 5"),
+        ("def get_config(): raise KeyError('why')", "KeyError: 'why'"),
+        ("from ml_collections import ConfigDict\ndef get_config(): return ConfigDict()", "config."),
+    ],
+)
+def test_refuses_config_file(refused, tmp_path, source, named):
+    path = tmp_path / "wrong.py"
+    path.write_text(source)
+    assert named in refused(f"--config={path}")
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("config.warmup = 10", "config.warmup is a key that nothing reads"),
+        ("config.optim.nesterov = True", "config.optim.nesterov is a key that nothing reads"),
+        ("config.data.source = '/tmp'", "config.data.source is a key that nothing reads"),
+        ("config.model.name = 'resnet'", "config.model.grid_bits is a key that nothing reads"),
+        ("del config.optim.momentum", "config.optim.momentum is missing"),
+        ("del config.model.grid_bits", "config.model.grid_bits is missing"),
+        ("del config.model.units", "config.model.units is missing"),
+        ("del config.data", "config.data is missing"),
+        ("config.model.units = '3,3,3'", "config.model.units is '3,3,3'"),
+    ],
+)
+def test_refuses_config_of_file(refused, tmp_path, line, named):
+    path = tmp_path / "edited.py"
+    path.write_text(
+        "from configs import digits_revnet\n"
+        f"def get_config():\n    config = digits_revnet.get_config()\n    {line}\n    return config\n"
+    )
+    if "= '3" in line or "'resnet'" in line:  # ConfigDict checks the type of what it has already
+        path.write_text(path.read_text().replace(line, f"with config.ignore_type(): {line}"))
+    assert named in refused(f"--config={path}")
+
+
+def test_a_real_process_exits_with_2(tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), DIGITS, "--config.steps=0"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "train.py: config.steps is 0; a number above 0 is due.\n"
+    assert not list(tmp_path.iterdir())
+
+
+def parse(*arguments: str) -> Arguments:
+    parsed = parse_arguments(["train.py", *arguments])
+    assert isinstance(parsed, Arguments)
+    return parsed
+
+
+def test_overrides():
+    parsed = parse(
+        DIGITS,
+        "--config.steps=7",
+        "--config.data.flip",
+        "--config.model.units=(4,5,6)",
+        "--config.model.grid_bits=None",
+        "--config.optim.boundaries=()",
+        "--eval_only",
+    )
+    config = check_config(parsed.config)
+    assert parsed.eval_only
+    assert (config.steps, config.data.flip, config.optim.boundaries) == (7, True, ())
+    assert (config.model.units, config.model.grid_bits) == ((4, 5, 6), None)
+
+
+def test_default_workdir_is_named_after_the_config():
+    assert parse(DIGITS).workdir == Path("runs/digits_revnet")
+    assert parse(DIGITS, "--workdir=there").workdir == Path("there")
+
+
+def test_help(capsys):
+    assert train.run(["train.py", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--workdir" in out
+    assert "--[no]eval_only" in out
+
+
+def test_every_field_of_a_config_is_read():
+    """A field that no code reads would be the silence that an unknown key may not be."""
+    sources = "".join(
+        path.read_text()
+        for path in [ROOT / "train.py", *(ROOT / "revjax" / "training").glob("*.py")]
+        if path.name != "config.py"
+    )
+    for record in (Config, *(field.type for field in dataclasses.fields(Config)[:3])):
+        for field in dataclasses.fields(record):
+            assert re.search(rf"\b(config|data|optim|model)\.{field.name}\b", sources), field.name
+
+
+def test_configs_are_the_issue_s():
+    pairs = {
+        f"{data}_{model}"
+        for data in ("cifar10", "cifar100")
+        for model in ("resnet32", "resnet110", "resnet164", "revnet38", "revnet110", "revnet164")
+    }
+    assert pairs | {"digits_revnet"} <= set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_is_valid(name):
+    path = ROOT / "configs" / f"{name}.py"
+    config = check_config(parse(f"--config={path}").config)
+    header = (
+        importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path))
+        .__spec__.loader.get_source(name)
+        .split('"""')[1]
+    )
+    assert f"python train.py --config configs/{name}.py" in header
+    for item in ("Hardware:", "Time:", "Accuracy:", "n:"):
+        assert item in header
+    if name.startswith("cifar"):  # recipes of Gomez et al. 2017, from their code
+        data, model = name.split("_")
+        assert (config.data.name, config.model.name) == (data, model)
+        assert (config.batch_size, config.steps) == (100, 80_000)
+        optim = config.optim
+        assert (optim.learning_rate, optim.boundaries) == (0.1, (40_000, 60_000))
+        assert (optim.decay_factor, optim.momentum, optim.weight_decay) == (0.1, 0.9, 2e-4)
+        assert (config.data.padding, config.data.flip) == (2, True)
+
+
+def test_config_error_is_raised_for_a_group_that_is_a_value():
+    config = parse(DIGITS).config
+    with config.unlocked(), config.ignore_type():
+        config.optim = 3
+    with pytest.raises(ConfigError, match=r"config\.optim is 3; a group of keys is due"):
+        check_config(config)

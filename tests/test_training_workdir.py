@@ -1,0 +1,93 @@
+"""A workdir belongs to one run at a time, and to one config for good."""
+
+import copy
+import json
+import os
+
+import pytest
+
+from revjax.training.errors import ConfigError, TrainingError
+from revjax.training.workdir import check_same_config, lock_workdir, write_json
+
+CONFIG = {
+    "steps": 100,
+    "seed": 0,
+    "checkpoint_every": 10,
+    "data": {"name": "digits", "dir": None},
+    "optim": {"boundaries": (10, 20), "learning_rate": 0.1},
+}
+
+
+def changed(**changes):
+    config = copy.deepcopy(CONFIG)
+    for key, value in changes.items():
+        *groups, last = key.split("__")
+        group = config
+        for name in groups:
+            group = group[name]
+        group[last] = value
+    return config
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    write_json(tmp_path / "config.json", CONFIG)
+    return tmp_path
+
+
+def test_a_second_run_is_refused_while_the_first_has_the_folder(tmp_path):
+    with lock_workdir(tmp_path / "run"):
+        with pytest.raises(TrainingError, match=f"in use by another run .process {os.getpid()}."):
+            lock_workdir(tmp_path / "run")
+    lock_workdir(tmp_path / "run").close()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(TrainingError, match="cannot be written .Not a directory."):
+        lock_workdir(tmp_path / "file" / "run")
+
+
+def test_the_same_config_goes_on(workdir):
+    check_same_config(workdir, CONFIG)
+
+
+@pytest.mark.parametrize(
+    "free", [{"data__dir": "/elsewhere"}, {"checkpoint_every": 3}, {"steps": 200}]
+)
+def test_what_may_change(workdir, free):
+    check_same_config(workdir, changed(**free))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 1}, "config.seed is 1, there 0"),
+        ({"steps": 50}, "config.steps is 50, there 100"),
+        ({"optim__learning_rate": 0.2}, "config.optim.learning_rate is 0.2, there 0.1"),
+        ({"optim__boundaries": (10,)}, "config.optim.boundaries is [10], there [10, 20]"),
+        ({"warmup": 5}, "config.warmup is 5, there not set"),
+        (
+            {"data__name": "cifar10", "seed": 2},
+            "config.data.name is 'cifar10', there 'digits'; config.seed is 2, there 0",
+        ),
+    ],
+)
+def test_another_config_is_refused_with_the_keys_that_differ(workdir, change, named):
+    with pytest.raises(ConfigError) as refused:
+        check_same_config(workdir, changed(**change))
+    assert f"has another config: {named}; give another --workdir" in str(refused.value)
+
+
+def test_checkpoints_of_an_unknown_config_are_refused(tmp_path):
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
+    with pytest.raises(TrainingError, match="no config.json"):
+        check_same_config(tmp_path, CONFIG)
+
+
+def test_json_is_written_whole_or_not_at_all(workdir):
+    before = (workdir / "config.json").read_text()
+    with pytest.raises(TypeError):
+        write_json(workdir / "config.json", {"steps": 1, "unwritable": object()})
+    assert (workdir / "config.json").read_text() == before
+    assert json.loads(before) == json.loads(json.dumps(CONFIG))

@@ -1,0 +1,303 @@
+"""Train an image classifier: one run, from its config to its summary.
+
+    python train.py --config configs/digits_revnet.py
+                    [--workdir DIR] [--config.KEY=VALUE ...] [--eval_only]
+
+The order of decisions, numbered as in main():
+
+ 1. What is asked for: the config, checked before anything is computed, downloaded or written.
+ 2. Whose folder it is: one run a workdir, of one config; a finished run says so and ends here.
+ 3. The data, whole, on the device.
+ 4. Where the run stands: at its start, or at its newest whole checkpoint.
+ 5. The programs, compiled: one for training steps, one for evaluation.
+ 6. The loop. At a step where something is due, in this order: log, evaluate, save; then stop if the
+    run is complete or a signal asks for it; then dispatch steps up to the next one where it is.
+ 7. The result: summary.json, curves.png, and a table.
+
+A run is a function of its config: it may be stopped or killed at any time, and started again by
+the same command it ends in the same parameters, bit for bit on the same machine. The workdir gets
+config.json, metrics.jsonl, tensorboard/, checkpoints/, and at the end summary.json and curves.png.
+
+Exit codes: 0 done, or stopped by SIGTERM or SIGINT with everything saved; 1 the run failed; 2 it
+was asked for something impossible. The last two come with one sentence on stderr.
+"""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from revjax.data import DataError, Dataset, batch_indices, load_dataset
+from revjax.grid import stream_bound
+from revjax.training.checkpoints import Checkpoints
+from revjax.training.command_line import parse_arguments
+from revjax.training.config import Config, check_config
+from revjax.training.curves import draw_curves
+from revjax.training.errors import ConfigError, TrainingError
+from revjax.training.interrupt import Stopped, StopSignals, exit_now, in_background
+from revjax.training.metrics import MetricsLog
+from revjax.training.optimizer import learning_rate_schedule, make_optimizer
+from revjax.training.pace import MAX_DISPATCH_STEPS, Pace
+from revjax.training.progress import Progress
+from revjax.training.state import Abstract, TrainState, abstract_model, draw, initial_state
+from revjax.training.step import Report, Split, make_eval_batch, make_train_steps, put_on_device
+from revjax.training.summary import device_name, summary_table, versions
+from revjax.training.workdir import check_same_config, lock_workdir, write_json
+
+
+def main(argv: Sequence[str], stop: StopSignals) -> None:
+    """Do what the command line asks for, or raise the sentence that says why not."""
+    began = time.monotonic()
+
+    # -- 1. What is asked for ---------------------------------------------------------------------
+
+    arguments = parse_arguments(argv)
+    if isinstance(arguments, str):
+        return print(arguments)
+    config, workdir = check_config(arguments.config), arguments.workdir
+    model = abstract_model(config)
+    optimizer = make_optimizer(config.optim)
+    if arguments.eval_only:
+        return evaluate_only(config, arguments.config.to_dict(), workdir, model, stop)
+
+    with contextlib.ExitStack() as resources:
+        # -- 2. Whose folder it is ----------------------------------------------------------------
+
+        resources.enter_context(lock_workdir(workdir))
+        check_same_config(workdir, arguments.config.to_dict())
+        write_json(workdir / "config.json", arguments.config.to_dict())
+        summary_path = workdir / "summary.json"
+        if summary_path.exists():
+            summary = json.loads(summary_path.read_text())
+            if summary["steps"] == config.steps:
+                print(f"The run in {workdir} is complete.\n{summary_table(summary)}")
+                return
+
+        # -- 3. The data --------------------------------------------------------------------------
+
+        dataset = load(config)
+        train_data, test_data = put_on_device(dataset)
+
+        # -- 4. Where the run stands --------------------------------------------------------------
+
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
+        resources.callback(checkpoints.close)
+        initial = partial(initial_state, config, optimizer)
+        restored = checkpoints.restore_newest(jax.eval_shape(initial), tell)
+        state, step, earlier = restored or (draw(initial), 0, 0.0)
+        if restored:
+            tell(f"going on from step {step} of {config.steps}, saved in {workdir}.")
+        metrics = MetricsLog(workdir, step)
+        resources.callback(metrics.close)
+        tested = (metrics.last("test") or {"step": 0})["step"]  # the last step that was, ...
+        saved = step  # ... and the last one that is on the disk
+
+        # -- 5. The programs, compiled ------------------------------------------------------------
+
+        indices = np.zeros((MAX_DISPATCH_STEPS, config.batch_size), np.int32)
+        schedule = learning_rate_schedule(config.optim)
+        train_steps = make_train_steps(config, model, optimizer, schedule)
+        eval_batch = make_eval_batch(model, config.batch_size)
+        tell(f"compiling {config.model.name} for {device_name()}.")
+        train_steps, eval_batch = in_background(
+            train_steps.lower(state, train_data, indices, np.int32(0)).compile,
+            eval_batch.lower(state.params, state.variables, test_data, np.int32(0)).compile,
+        )
+
+        # -- 6. The loop --------------------------------------------------------------------------
+
+        progress = resources.enter_context(contextlib.closing(Progress(step, config.steps)))
+        pace = Pace(config.batch_size)
+        bound = stream_bound(config.model.grid_bits) if config.model.grid_bits is not None else None
+        peak = 0.0
+        pending: Dispatch | None = None  # the newest dispatch; the device may still be at it
+
+        def account(dispatch: Dispatch) -> None:
+            """Wait for a dispatch, then fail, warn and log as its report says."""
+            nonlocal peak
+            report: Report = jax.device_get(dispatch.report)
+            pace.finished(dispatch.num_steps)
+            progress.advance(dispatch.num_steps)
+            if report.failed_step:
+                kept = (
+                    f"the checkpoint of step {saved} is kept" if saved else "nothing was saved yet"
+                )
+                raise TrainingError(
+                    f"the loss or its gradient is not finite at step {report.failed_step} "
+                    f"(learning rate {report.learning_rate:.4g}); {kept}; try a smaller "
+                    "config.optim.learning_rate, or float32 where config.model.dtype is bfloat16, "
+                    "in another --workdir."
+                )
+            if bound is not None and report.run_peak > bound >= peak:
+                progress.say(
+                    f"at step {dispatch.step} the stream has reached {report.run_peak:.4g}, past "
+                    f"{bound:.4g}, up to which reconstruction is exact: gradients are now those "
+                    "of a plain float stream; set config.model.grid_bits smaller."
+                )
+            peak = float(report.run_peak)
+            if is_due(dispatch.step, config.log_every, config.steps):
+                row = {
+                    "step": dispatch.step,
+                    "split": "train",
+                    "loss": float(report.loss),
+                    "accuracy": float(report.accuracy),
+                    "learning_rate": float(report.learning_rate),
+                    "images_per_second": pace.images_per_second(),
+                }
+                if model.has_stream:
+                    row["stream_peak"] = float(report.stream_peak)
+                metrics.write(row)
+                progress.row(row)
+
+        resources.enter_context(stop.deferred())
+        while True:
+            stopping = stop.requested is not None
+            testing = is_due(step, config.eval_every, config.steps) and step > tested
+            saving = is_due(step, config.checkpoint_every, config.steps) or stopping
+            if pending and (testing or saving):
+                account(pending)
+                pending = None
+            if testing and not stopping:
+                row = evaluate(eval_batch, state, test_data, config.batch_size, stop)
+                if row is None:  # a signal came: save first, evaluate after the next start
+                    continue
+                row = {"step": step} | row | {"learning_rate": float(schedule(step - 1))}
+                metrics.write(row)
+                progress.row(row)
+                tested = step
+            if saving and step > saved:
+                metrics.sync()
+                checkpoints.save(step, state, earlier + time.monotonic() - began)
+                saved = step
+            if stopping or step == config.steps:
+                break
+
+            if testing or saving:
+                pace.restart()
+            intervals = (config.log_every, config.eval_every, config.checkpoint_every)
+            due_next = min(step + every - step % every for every in intervals)
+            num_steps = min(due_next - step, config.steps - step, pace.steps)
+            indices = np.zeros_like(indices)  # a fresh one: the device may still read the last
+            for index in range(num_steps):
+                indices[index] = batch_indices(
+                    config.seed, step + index, config.batch_size, len(dataset.train_labels)
+                )
+            state, report = train_steps(state, train_data, indices, np.int32(num_steps))
+            step += num_steps
+            if pending:  # the previous dispatch: the host never waits for the newest
+                account(pending)
+            pending = Dispatch(step, num_steps, report)
+
+        # -- 7. The result ------------------------------------------------------------------------
+
+        progress.close()
+        if tested < config.steps:
+            where = f"saved in {checkpoints.directory}" if step else "nothing to save yet"
+            print(f"Stopped by {stop.requested} at step {step} of {config.steps}: {where}.")
+            return
+        result = metrics.last("test") or {}
+        summary = {
+            "model": config.model.name,
+            "data": config.data.name,
+            "parameters": model.num_parameters,
+            "steps": config.steps,
+            "test_loss": result["loss"],
+            "test_accuracy": result["accuracy"],
+            "test_error": 1 - result["accuracy"],
+            "wall_seconds": round(earlier + time.monotonic() - began, 1),
+            "device": device_name(),
+            "versions": versions(),
+            "stream_peak": float(state.stream_peak) if model.has_stream else None,
+            "stream_bound": bound,
+        }
+        title = f"{config.model.name} on {config.data.name}"
+        draw_curves(metrics.rows, title, workdir / "curves.png")
+        write_json(summary_path, summary)
+        print(f"Done: {workdir}\n{summary_table(summary)}")
+
+
+class Dispatch(NamedTuple):
+    """Training steps given to the device."""
+
+    step: int  # of the run, after them
+    num_steps: int
+    report: Report
+
+
+def is_due(step: int, every: int, steps: int) -> bool:
+    """Whether `step` ends an interval of `every` steps, or the run."""
+    return step > 0 and (step % every == 0 or step == steps)
+
+
+def load(config: Config) -> Dataset:
+    """Return the config's data set, from where it says."""
+    return load_dataset(config.data.name, data_dir=config.data.dir, source=config.data.source)
+
+
+def evaluate(
+    eval_batch: Callable, state: TrainState, data: Split, batch_size: int, stop: StopSignals
+) -> dict[str, Any] | None:
+    """Return the test set's loss, accuracy and speed as a row of metrics; None if told to stop."""
+    began, num_examples = time.monotonic(), len(data.labels)
+    total_loss, total_correct = 0.0, 0
+    for start in range(0, num_examples, batch_size):
+        loss, correct = eval_batch(state.params, state.variables, data, np.int32(start))
+        total_loss, total_correct = total_loss + float(loss), total_correct + int(correct)
+        if stop.requested:
+            return None
+    return {
+        "split": "test",
+        "loss": total_loss / num_examples,
+        "accuracy": total_correct / num_examples,
+        "images_per_second": num_examples / (time.monotonic() - began),
+    }
+
+
+def evaluate_only(
+    config: Config, values: dict[str, Any], workdir: Path, model: Abstract, stop: StopSignals
+) -> None:
+    """Print the test loss and accuracy of the newest checkpoint; write nothing."""
+    check_same_config(workdir, values)
+    restored = None
+    if (workdir / "checkpoints").is_dir():
+        checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+        template = jax.eval_shape(partial(initial_state, config, make_optimizer(config.optim)))
+        with contextlib.closing(checkpoints):
+            restored = checkpoints.restore_newest(template, tell)
+    if restored is None:
+        raise TrainingError(f"{workdir} has no checkpoint to evaluate; train there first.")
+    data = put_on_device(load(config))[1]
+    eval_batch = make_eval_batch(model, config.batch_size)
+    row = evaluate(eval_batch, restored.state, data, config.batch_size, stop)
+    assert row is not None  # outside of the loop a signal raises
+    print(f"step {restored.step}: test loss {row['loss']:.4f}, accuracy {row['accuracy']:.2%}")
+
+
+def tell(sentence: str) -> None:
+    """Say something that is no result."""
+    print(f"train.py: {sentence}", file=sys.stderr, flush=True)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run `main` and return the exit code, with a sentence on stderr where it is not 0."""
+    with StopSignals() as stop:
+        try:
+            main(argv, stop)
+        except (ConfigError, TrainingError, DataError) as error:
+            tell(str(error))
+            return 2 if isinstance(error, ConfigError) else 1
+        except Stopped:
+            print(f"Stopped by {stop.requested} before a step was made: nothing to save.")
+            exit_now(0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv))

@@ -26,7 +26,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,13 +41,14 @@ from revjax.training.command_line import parse_arguments
 from revjax.training.config import Config, check_config
 from revjax.training.curves import draw_curves
 from revjax.training.errors import ConfigError, TrainingError
+from revjax.training.evaluation import evaluate, make_eval_batch
 from revjax.training.interrupt import Stopped, StopSignals, exit_now, in_background
 from revjax.training.metrics import MetricsLog
 from revjax.training.optimizer import learning_rate_schedule, make_optimizer
 from revjax.training.pace import MAX_DISPATCH_STEPS, Pace
 from revjax.training.progress import Progress
-from revjax.training.state import Abstract, TrainState, abstract_model, draw, initial_state
-from revjax.training.step import Report, Split, make_eval_batch, make_train_steps, put_on_device
+from revjax.training.state import Abstract, abstract_model, draw, initial_state
+from revjax.training.step import Report, make_train_steps, put_on_device
 from revjax.training.summary import device_name, summary_table, versions
 from revjax.training.workdir import check_same_config, lock_workdir, write_json
 
@@ -126,15 +127,7 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
             pace.finished(dispatch.num_steps)
             progress.advance(dispatch.num_steps)
             if report.failed_step:
-                kept = (
-                    f"the checkpoint of step {saved} is kept" if saved else "nothing was saved yet"
-                )
-                raise TrainingError(
-                    f"the loss or its gradient is not finite at step {report.failed_step} "
-                    f"(learning rate {report.learning_rate:.4g}); {kept}; try a smaller "
-                    "config.optim.learning_rate, or float32 where config.model.dtype is bfloat16, "
-                    "in another --workdir."
-                )
+                raise TrainingError(not_finite("loss or gradient", int(report.failed_step), saved))
             if bound is not None and report.run_peak > bound >= peak:
                 progress.say(
                     f"at step {dispatch.step} the stream has reached {report.run_peak:.4g}, past "
@@ -168,6 +161,8 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
                 row = evaluate(eval_batch, state, test_data, config.batch_size, stop)
                 if row is None:  # a signal came: save first, evaluate after the next start
                     continue
+                if not np.isfinite(row["loss"]):
+                    raise TrainingError(not_finite("test loss", step, saved))
                 row = {"step": step} | row | {"learning_rate": float(schedule(step - 1))}
                 metrics.write(row)
                 progress.row(row)
@@ -236,28 +231,19 @@ def is_due(step: int, every: int, steps: int) -> bool:
     return step > 0 and (step % every == 0 or step == steps)
 
 
+def not_finite(what: str, step: int, saved: int) -> str:
+    """Say that a number is infinite or not a number, and what to do."""
+    kept = f"the checkpoint of step {saved} is kept" if saved else "nothing was saved yet"
+    return (
+        f"the {what} is not finite at step {step}; {kept}; try a smaller "
+        "config.optim.learning_rate, or float32 where config.model.dtype is bfloat16, in another "
+        "--workdir."
+    )
+
+
 def load(config: Config) -> Dataset:
     """Return the config's data set, from where it says."""
     return load_dataset(config.data.name, data_dir=config.data.dir, source=config.data.source)
-
-
-def evaluate(
-    eval_batch: Callable, state: TrainState, data: Split, batch_size: int, stop: StopSignals
-) -> dict[str, Any] | None:
-    """Return the test set's loss, accuracy and speed as a row of metrics; None if told to stop."""
-    began, num_examples = time.monotonic(), len(data.labels)
-    total_loss, total_correct = 0.0, 0
-    for start in range(0, num_examples, batch_size):
-        loss, correct = eval_batch(state.params, state.variables, data, np.int32(start))
-        total_loss, total_correct = total_loss + float(loss), total_correct + int(correct)
-        if stop.requested:
-            return None
-    return {
-        "split": "test",
-        "loss": total_loss / num_examples,
-        "accuracy": total_correct / num_examples,
-        "images_per_second": num_examples / (time.monotonic() - began),
-    }
 
 
 def evaluate_only(

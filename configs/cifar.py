@@ -34,7 +34,7 @@ def recipe(dataset: str, model_name: str) -> ConfigDict:
 
     config.optim = optim = ConfigDict()
     optim.learning_rate = 0.1
-    optim.boundaries = (40_000, 60_000)
+    optim.boundaries = (40_000, 60_000)  # absolute: a shorter run does not move them
     optim.decay_factor = 0.1
     optim.momentum = 0.9
     optim.weight_decay = 2e-4

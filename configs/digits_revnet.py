@@ -1,10 +1,7 @@
 """A small RevNet on the 1,797 digit scans inside scikit-learn: no download.
 
 Command:   python train.py --config configs/digits_revnet.py
-Hardware:  not run yet
-Time:      not run yet
-Accuracy:  not run yet
-n:         0
+@@
 """
 
 from ml_collections import ConfigDict, FieldReference

@@ -31,13 +31,25 @@ def check_pair(name: str, pair: PyTree) -> None:
         raise TypeError(f"{name} must be a pair, one entry a half, got {describe(pair)}.")
 
 
-def stacked_depth(params: PyTree, xs: PyTree) -> int:
-    """The size that the leading axes of params and xs agree on, or a ValueError."""
+def chain_depth(params: PyTree, xs: PyTree) -> int | None:
+    """The depth of stacked params and xs; None where they are lists of blocks.
+
+    Raises:
+        TypeError: params, or an entry of the list, is not a pair.
+        ValueError: leading axes disagree, or there are none, or the lists differ in length.
+    """
+    if isinstance(params, list):
+        if xs is not None and not (isinstance(xs, list) and len(xs) == len(params)):
+            raise ValueError(f"params is a list of {len(params)} blocks: xs must be one too.")
+        for i, pair in enumerate(params):
+            check_pair(f"params[{i}]", pair)
+        return None
+    check_pair("params", params)
     leaves = jax.tree.leaves((params, xs))
     if not leaves:
         raise ValueError(
-            "params and xs hold no array that tells the depth of the chain: give params as a list "
-            "with one pair a block."
+            "params and xs hold no array that would tell the depth of the chain: give params as a "
+            "list with one pair a block."
         )
     depths = {leaf.shape[0] if jnp.ndim(leaf) else None for leaf in leaves}
     if len(depths) > 1 or None in depths:
@@ -49,18 +61,33 @@ def stacked_depth(params: PyTree, xs: PyTree) -> int:
 
 
 def residual_function(
-    role: str, h: Callable, half: PyTree, coupling: Coupling, bits: int | None, has_aux: bool
+    role: str,
+    h: Callable,
+    half: PyTree,
+    coupling: Coupling,
+    grid_bits: int | None,
+    has_aux: bool,
+    has_xs: bool,
 ) -> Callable[..., tuple[PyTree, PyTree]]:
-    """Wrap `h` to check what it returns against `half`, and to round its residual to the grid.
+    """Wrap f or g to check what it returns, and to round its residual to the grid.
+
+    Args:
+        role: "f" or "g", for messages.
+        h: the function.
+        half: the half of the stream that the residual joins.
+        coupling: says what the residual must be like.
+        grid_bits: see `round_to_grid`.
+        has_aux: h returns `(residual, aux)`.
+        has_xs: h takes the block's entry of xs as its last argument.
 
     Returns:
-        A function of the arguments of h that returns `(residual, aux)`, aux None without has_aux.
+        `(params, half, xs, args) -> (residual, aux)`; aux is None without has_aux.
     """
     name = f"{role} ({getattr(h, '__name__', type(h).__name__)})"
     due = jax.eval_shape(coupling.residual_like, half)
 
-    def residual_and_aux(*args):
-        out = h(*args)
+    def residual_and_aux(params, half, xs, args):
+        out = h(params, half, *args, xs) if has_xs else h(params, half, *args)
         if has_aux and not (isinstance(out, tuple) and len(out) == 2):
             raise TypeError(f"{name} must return (residual, aux), got {describe(out)}.")
         residual, aux = out if has_aux else (out, None)
@@ -68,10 +95,10 @@ def residual_function(
             raise TypeError(
                 f"{name} returned {describe(residual)} where {describe(due)} was due: a residual "
                 "has the structure, shapes and dtypes that the half of the stream it joins asks "
-                "for. Cast a residual computed in another dtype. A block that changes shape "
-                "(stride, width) cannot be reversible: apply it outside the chain."
+                "for. Cast a residual computed in another dtype; a block that changes shape "
+                "(stride, width) cannot be reversible and belongs outside the chain."
             )
-        return round_to_grid(residual, bits), aux
+        return round_to_grid(residual, grid_bits), aux
 
     return residual_and_aux
 

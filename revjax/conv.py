@@ -6,8 +6,10 @@ for (activations as `f01b`, cotangents as `i01o`) runs as a naive loop, more tha
 Here both gradients are written as convolutions of the canonical layout (NHWC, HWIO) between
 explicit transposes. Other platforms get JAX's own gradients, which their libraries recognise.
 
-A primitive rather than a `jax.custom_vjp`, so that forward mode, and with it `jvp` of `grad`, works.
+A primitive and not a `jax.custom_vjp`, so that forward mode, and so `jvp` of `grad`, works.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +68,7 @@ def _input_gradient(dy, x, kernel, *, stride, padding):
         )
 
     def native(dy, kernel):
-        forward = lambda x: _conv(x, kernel, stride=stride, padding=padding)
+        forward = partial(_conv, kernel=kernel, stride=stride, padding=padding)
         return jax.linear_transpose(forward, x.aval)(dy)[0]
 
     return lax.platform_dependent(dy, kernel, cpu=canonical, default=native)
@@ -91,7 +93,7 @@ def _kernel_gradient(dy, x, kernel, *, stride, padding):
         return gradient.transpose(1, 2, 0, 3)
 
     def native(dy, x):
-        forward = lambda kernel: _conv(x, kernel, stride=stride, padding=padding)
+        forward = partial(_conv, x, stride=stride, padding=padding)
         return jax.linear_transpose(forward, kernel.aval)(dy)[0]
 
     return lax.platform_dependent(dy, x, cpu=canonical, default=native)

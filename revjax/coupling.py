@@ -60,7 +60,7 @@ affine = Coupling(
     residual_like=lambda x: (x, x),
     grid_bits=None,
 )
-"""`y = x * exp(log_scale) + shift`, residual `(log_scale, shift)` (RealNVP, Dinh et al. 2017, eq. 7).
+"""`y = x * exp(log_scale) + shift`, residual `(log_scale, shift)` (RealNVP, Dinh et al. 2017).
 
 A scale below one drops bits, so no grid makes it exact: it inverts up to float rounding, magnified
 by `exp(-log_scale)`. Leaves that are not floating pass unchanged."""

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 
 from revjax.grid import DEFAULT_GRID_BITS, GridBits, resolve_grid_bits
 from revjax.layers import stream_dtype
@@ -14,7 +15,7 @@ from revjax.revnet import RevNet
 
 
 class Architecture(NamedTuple):
-    """Units of each stage; channels of the stem and of each stage, as `ResNet` and `RevNet` have them."""
+    """Units of each stage, channels of stem and stages: see `ResNet` and `RevNet`."""
 
     units: tuple[int, ...]
     filters: tuple[int, ...]
@@ -120,7 +121,7 @@ def create_model(
             f"{', '.join(ways)}."
         )
     _check(name, architecture, num_classes, in_channels, dtype, halves=reversible)
-    options = dict(
+    options: dict[str, Any] = dict(
         in_channels=in_channels,
         bottleneck=architecture.bottleneck,
         large_images=architecture.large_images,
@@ -146,10 +147,10 @@ def _initialise(make, key):
     Operation by operation it would be dozens of programs, and optimised it would take longer to
     compile than a small network takes to learn.
     """
-    if isinstance(key, jax.core.Tracer):
+    if isinstance(key, Tracer):
         return make(key)
     init = jax.jit(lambda key: nnx.split(make(key)))
-    options = {"xla_backend_optimization_level": 0}
+    options: Any = {"xla_backend_optimization_level": 0}
     return nnx.merge(*init.lower(key).compile(compiler_options=options)(key))
 
 

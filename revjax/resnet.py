@@ -1,4 +1,4 @@
-"""Pre-activation residual networks, the baselines of the RevNet paper, as its authors' code has them."""
+"""Pre-activation residual networks, the baselines of the RevNet paper, as its authors have them."""
 
 from collections.abc import Sequence
 from typing import Any, Literal

@@ -11,11 +11,9 @@ function both reconstructs the block's input and differentiates the block. So ea
 evaluated twice a step, and activation memory does not grow with depth.
 
 Not supported: forward mode. `jax.jvp` of a chain raises JAX's error for custom_vjp functions.
-Derivatives of the gradient are supported: `jvp` of `grad` (Hessian-vector products) stores nothing
-more, `grad` of `grad` stores the activations of the chain.
-
-When not to use it: for blocks that change shape or have no two halves, and where parameters
-outweigh activations, `jax.checkpoint` is the better tool.
+`jvp` of `grad` (Hessian-vector products) works and stores nothing more; `grad` of `grad` works and
+stores the activations of the chain. Where blocks change shape, or parameters outweigh activations,
+`jax.checkpoint` is the better tool.
 """
 
 from collections.abc import Callable
@@ -24,7 +22,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 import jax
 import jax.numpy as jnp
 
-from revjax.contract import check_pair, residual_function, stacked_depth
+from revjax.contract import chain_depth, check_pair, residual_function
 from revjax.coupling import Coupling, additive
 from revjax.grid import GridBits, resolve_grid_bits, round_to_grid, stream_bound, stream_peak
 from revjax.trees import PyTree, add, hoist_closure, is_inexact, merge, partition, vjp
@@ -47,18 +45,12 @@ def rev_block_apply(
     """Apply one reversible block.
 
     Args:
-        f: `(params_f, x2, *args) -> residual` like x1; with has_aux, `-> (residual, aux)`.
-        g: `(params_g, y1, *args) -> residual` like x2; with has_aux, `-> (residual, aux)`.
-        params: `(params_f, params_g)`, any pytrees.
-        x: `(x1, x2)`, the two halves of the stream, any pytrees.
-        *args: further inputs of f and of g, any pytrees.
+        f, g, params, x, *args: as for `rev_chain_apply`, without the leading axis.
         **options: coupling, grid_bits, has_aux, as `rev_chain_apply` has them.
 
     Returns:
         `y = (y1, y2)`, of x's structure, shapes and dtypes; with has_aux, `(y, (aux_f, aux_g))`.
-
-    Raises:
-        TypeError, ValueError: as `rev_chain_apply`.
+        Raises what `rev_chain_apply` raises.
 
     Example:
         >>> def dense(w, x): return jnp.tanh(x @ w)
@@ -132,9 +124,8 @@ def rev_chain_apply(
 
     Example:
         >>> def dense(w, x): return jnp.tanh(x @ w)
-        >>> w = jnp.zeros((100, 3, 3))  # 100 blocks
-        >>> y1, y2 = rev_chain_apply(dense, dense, (w, w), (jnp.ones((2, 3)), jnp.ones((2, 3))))
-        >>> y1.shape
+        >>> w, x = jnp.zeros((100, 3, 3)), (jnp.ones((2, 3)), jnp.ones((2, 3)))  # 100 blocks
+        >>> rev_chain_apply(dense, dense, (w, w), x)[0].shape
         (2, 3)
     """
     if backward not in ("reversible", "remat", "store"):
@@ -145,8 +136,8 @@ def rev_chain_apply(
         y, auxes, peaks = _reversible(segments, operands, x, unroll, track)
     else:
         remat = backward == "remat"
-        y, auxes, peaks = _forward_chain(segments, operands, x, unroll, track, remat=remat)
-    if range_check is not None:
+        y, auxes, peaks = _forward_chain(segments, operands, x, unroll, track, remat)
+    if track:
         bounds = [stream_bound(bits, a.dtype) for a in jax.tree.leaves(partition(x)[0])]
         range_check(stream_peak((x, peaks)), min(bounds, default=float("inf")))
     if not has_aux:
@@ -168,34 +159,32 @@ def rev_chain_inverse(
 ) -> Pair:
     """Recover x from `y = rev_chain_apply(f, g, params, x, *args, xs=xs)`.
 
-    On the grid the result is bit for bit x rounded to the grid; off it, x up to a rounding error
-    that grows with depth. Differentiable in both modes, with stored activations.
+    On the grid it is bit for bit x rounded to the grid; off it, x up to an error that grows with
+    depth. Differentiable in both modes, with stored activations.
 
     Args:
         f, g, params, y, *args, xs: what `rev_chain_apply` was given and returned.
         coupling, grid_bits, has_aux, unroll: as there; aux outputs are dropped.
 
     Returns:
-        `x = (x1, x2)`, of y's structure, shapes and dtypes.
-
-    Raises:
-        TypeError, ValueError: as `rev_chain_apply`.
+        `x = (x1, x2)`, of y's structure, shapes and dtypes. Raises what `rev_chain_apply` raises.
     """
     _, y, segments, operands = _prepare(f, g, params, y, args, xs, coupling, grid_bits, has_aux)
     for segment, (params, xs, shared) in zip(reversed(segments), reversed(operands), strict=True):
 
         def step(y, per_block, block=segment.block, shared=shared):
-            return _inverse(block, y, *per_block, shared), None
+            params, xs = per_block
+            return _inverse(block, y, params, xs, shared), None
 
         y, _ = _run(step, y, segment, params, xs, unroll, reverse=True)
     return y
 
 
-# One block: forward, inverse, backward ------------------------------------------------------------
+# One block --------------------------------------------------------------------------------------
 
 
 class _Block(NamedTuple):
-    """f and g as `(params, half, xs, shared) -> (residual, aux)`, and the coupling."""
+    """f and g as `(params, half, xs, *shared) -> (residual, aux)`, and the coupling."""
 
     f: Callable
     g: Callable
@@ -205,9 +194,9 @@ class _Block(NamedTuple):
 def _forward(block, x, params, xs, shared):
     f, g, coupling = block
     x1, x2 = x
-    f_out, f_aux = f(params[0], x2, xs, shared[0])
+    f_out, f_aux = f(params[0], x2, xs, *shared[0])
     y1 = coupling.combine(x1, f_out)
-    g_out, g_aux = g(params[1], y1, xs, shared[1])
+    g_out, g_aux = g(params[1], y1, xs, *shared[1])
     y2 = coupling.combine(x2, g_out)
     return (y1, y2), (f_aux, g_aux)
 
@@ -215,35 +204,37 @@ def _forward(block, x, params, xs, shared):
 def _inverse(block, y, params, xs, shared):
     f, g, coupling = block
     y1, y2 = y
-    x2 = coupling.separate(y2, g(params[1], y1, xs, shared[1])[0])
-    x1 = coupling.separate(y1, f(params[0], x2, xs, shared[0])[0])
+    x2 = coupling.separate(y2, g(params[1], y1, xs, *shared[1])[0])
+    x1 = coupling.separate(y1, f(params[0], x2, xs, *shared[0])[0])
     return x1, x2
 
 
 def _backward(block, y, dy, params, xs, shared):
     f, g, coupling = block
     (y1, y2), (dy1, dy2) = y, dy
-    x2, dx2, from_g = _undo(g, coupling, y2, dy2, params[1], y1, xs, shared[1])
-    dparams_g, dy1_g, dxs_g, dshared_g = from_g
-    dy1 = add(dy1, dy1_g)
-    x1, dx1, from_f = _undo(f, coupling, y1, dy1, params[0], x2, xs, shared[0])
-    dparams_f, dx2_f, dxs_f, dshared_f = from_f
-    dx2 = add(dx2, dx2_f)
-    dparams, dxs, dshared = (dparams_f, dparams_g), add(dxs_f, dxs_g), (dshared_f, dshared_g)
+    x2, dx2, from_g = _undo(g, coupling, y2, dy2, dy1, params[1], y1, xs, *shared[1])
+    dparams_g, dy1, dxs_g, *dshared_g = from_g
+    x1, dx1, from_f = _undo(f, coupling, y1, dy1, dx2, params[0], x2, xs, *shared[0])
+    dparams_f, dx2, dxs_f, *dshared_f = from_f
+    dparams, dxs, dshared = (dparams_f, dparams_g), add(dxs_f, dxs_g), [dshared_f, dshared_g]
     return (x1, x2), (dx1, dx2), dparams, dxs, dshared
 
 
-def _undo(h, coupling, y, dy, *operands):
-    """Reconstruct x of `y = combine(x, h(*operands))` and differentiate it, by one vjp of h."""
-    residual, h_vjp = vjp(lambda *operands: h(*operands)[0], *operands)
+def _undo(h, coupling, y, dy, dhalf, params, half, *operands):
+    """Reconstruct x of `y = combine(x, h(params, half, ...))`, and differentiate, by one vjp of h.
+
+    Half is handed through, so that the cotangent it has already is the first term of the sum, as in
+    stored backprop: the order of a float sum matters, in bf16 to far more than the last bit.
+    """
+    (residual, _), h_vjp = vjp(lambda *ops: (h(*ops)[0], ops[1]), params, half, *operands)
     x = coupling.separate(y, residual)
     _, combine_vjp = vjp(coupling.combine, x, residual)
     dx, dresidual = combine_vjp(dy)
-    return x, dx, h_vjp(dresidual)
+    return x, dx, h_vjp((dresidual, dhalf))
 
 
-# The chain: segments one after the other, each a scan over stacked blocks or a single block. What
-# is traced stands apart: operands, for each segment its `(params, xs, shared)`. --------------------
+# The chain: segments, each a scan over stacked blocks or a single block; and, as what is traced
+# stands apart, their operands `(params, xs, shared)`. --------------------------------------------
 
 
 class _Segment(NamedTuple):
@@ -262,7 +253,8 @@ def _forward_chain(segments, operands, x, unroll, track, remat=False):
     for segment, (params, xs, shared) in zip(segments, operands, strict=True):
 
         def step(x, per_block, block=segment.block, shared=shared):
-            y, aux = _forward(block, x, *per_block, shared)
+            params, xs = per_block
+            y, aux = _forward(block, x, params, xs, shared)
             return y, (aux, stream_peak(y) if track else None)
 
         if remat:
@@ -279,7 +271,8 @@ def _backward_chain(segments, operands, y, dy, unroll):
 
         def step(carry, per_block, block=segment.block, shared=shared):
             y, dy, dshared = carry
-            x, dx, dparams, dxs, dshared_i = _backward(block, y, dy, *per_block, shared)
+            params, xs = per_block
+            x, dx, dparams, dxs, dshared_i = _backward(block, y, dy, params, xs, shared)
             return (x, dx, add(dshared, dshared_i)), (dparams, dxs)
 
         carry = (y, dy, jax.tree.map(jnp.zeros_like, partition(shared)[0]))
@@ -314,18 +307,13 @@ def _reversible(segments, operands, x, unroll, track):
 
 def _close(segment, operands, x):
     """Make what f and g of a segment close over a part of its shared operands."""
-    (f, g, coupling), (params, xs, (args, _)) = segment.block, operands
-    block = params, xs
+    (f, g, coupling), (params, xs, [[args], _]) = segment.block, operands
+    one = (*params, xs)
     if segment.depth is not None:
-        block = jax.eval_shape(lambda stacked: jax.tree.map(lambda a: a[0], stacked), block)
-
-    def close(h, params, half):
-        closed, captured = hoist_closure(h, params, half, block[1], args)
-        return lambda p, half, xs, shared: closed(shared[1], p, half, xs, shared[0]), captured
-
-    f, f_captured = close(f, block[0][0], x[1])
-    g, g_captured = close(g, block[0][1], x[0])
-    shared = (args, f_captured), (args, g_captured)
+        one = jax.eval_shape(lambda stacked: jax.tree.map(lambda leaf: leaf[0], stacked), one)
+    f, captured_f = hoist_closure(f, one[0], x[1], one[2], args)
+    g, captured_g = hoist_closure(g, one[1], x[0], one[2], args)
+    shared = [[args, captured_f], [args, captured_g]]
     return segment._replace(block=_Block(f, g, coupling)), (params, xs, shared)
 
 
@@ -333,23 +321,13 @@ def _prepare(f, g, params, x, args, xs, coupling, grid_bits, has_aux):
     """Check the inputs, put x on the grid, and lay the chain out as segments and operands."""
     check_pair("x", x)
     bits = resolve_grid_bits(grid_bits, coupling.grid_bits, x)
-    x1, x2 = round_to_grid(jax.tree.map(jnp.asarray, tuple(x)), bits)
-    f = residual_function("f", f, x1, coupling, bits, has_aux)
-    g = residual_function("g", g, x2, coupling, bits, has_aux)
-
-    def with_operands(h):
-        return lambda p, half, xs, args: h(p, half, *args, *([] if xs is None else [xs]))
-
-    block = _Block(with_operands(f), with_operands(g), coupling)
-    if not isinstance(params, list):
-        check_pair("params", params)
-        segments = [_Segment(block, stacked_depth(params, xs))]
-        return bits, (x1, x2), segments, [(params, xs, (args, args))]
-    if xs is None:
-        xs = [None] * len(params)
-    if not (isinstance(xs, list) and len(xs) == len(params)):
-        raise ValueError(f"params is a list of {len(params)} blocks: xs must be one too.")
-    for pair in params:
-        check_pair("an entry of params", pair)
-    operands = [(p, s, (args, args)) for p, s in zip(params, xs, strict=True)]
-    return bits, (x1, x2), [_Segment(block, None)] * len(params), operands
+    x1, x2 = x = round_to_grid(jax.tree.map(jnp.asarray, tuple(x)), bits)
+    depth = chain_depth(params, xs)
+    has_xs = xs is not None
+    f = residual_function("f", f, x1, coupling, bits, has_aux, has_xs)
+    g = residual_function("g", g, x2, coupling, bits, has_aux, has_xs)
+    shared = [[args], [args]]
+    if depth is not None:
+        params, xs = [params], [xs]
+    operands = [(*both, shared) for both in zip(params, xs or [None] * len(params), strict=True)]
+    return bits, x, [_Segment(_Block(f, g, coupling), depth)] * len(operands), operands

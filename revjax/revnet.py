@@ -41,7 +41,7 @@ class ReversibleChain(nnx.Module):
         self.scanned = depth is not None
         self.f = make_f(rngs) if depth is None else stack(depth, make_f, rngs)
         self.g = make_g(rngs) if depth is None else stack(depth, make_g, rngs)
-        self.backward = backward
+        self.backward: Backward = backward
         self.grid_bits = grid_bits
         self.use_running_average = False  # set by train() and eval()
         self.peak = None if grid_bits is None else StreamPeak(jnp.zeros((), jnp.float32))
@@ -51,7 +51,8 @@ class ReversibleChain(nnx.Module):
         f, g, params, statistics = self._pure()
 
         def record(peak, bound):
-            self.peak[...] = peak
+            if self.peak is not None:
+                self.peak[...] = peak
 
         track = self.peak is not None and not self.use_running_average
         y, aux = rev_chain_apply(
@@ -103,8 +104,8 @@ class Transition(nnx.Module):
     def __init__(self, inputs, outputs, stride, *, preactivate, **kind):
         self.f = Residual(inputs, outputs, stride, preactivate=preactivate, **kind)
         self.g = Residual(outputs, outputs, **kind)
-        self.shortcut1 = shortcut(inputs, outputs, stride, **kind)
-        self.shortcut2 = shortcut(inputs, outputs, stride, **kind)
+        self.shortcut1: Any = shortcut(inputs, outputs, stride, **kind)
+        self.shortcut2: Any = shortcut(inputs, outputs, stride, **kind)
 
     def __call__(self, x: Pair) -> Pair:
         x1, x2 = x

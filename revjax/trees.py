@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer, eval_jaxpr
 
 PyTree = Any
 
@@ -63,18 +64,19 @@ def hoist_closure(fun: Callable, *operands: PyTree) -> tuple[Callable, list[Any]
         *operands: pytrees of arrays or `jax.ShapeDtypeStruct`, as `fun` will be given them.
 
     Returns:
-        `closed` and `captured`, such that `closed(captured, *operands)` is `fun(*operands)`.
+        `closed` and `captured`, such that `closed(*operands, captured)` is `fun(*operands)`.
     """
     jaxpr, out = jax.make_jaxpr(fun, return_shape=True)(*operands)
     out_structure = jax.tree.structure(out)
-    is_traced = [isinstance(const, jax.core.Tracer) for const in jaxpr.consts]
+    is_traced = [isinstance(const, Tracer) for const in jaxpr.consts]
     fixed = [None if t else c for c, t in zip(jaxpr.consts, is_traced, strict=True)]
     captured = [c for c, t in zip(jaxpr.consts, is_traced, strict=True) if t]
 
-    def closed(captured, *operands):
+    def closed(*operands_and_captured):
+        *operands, captured = operands_and_captured
         traced = iter(captured)
         consts = [next(traced) if t else c for c, t in zip(fixed, is_traced, strict=True)]
-        leaves = jax.core.eval_jaxpr(jaxpr.jaxpr, consts, *jax.tree.leaves(operands))
+        leaves = eval_jaxpr(jaxpr.jaxpr, consts, *jax.tree.leaves(operands))
         return jax.tree.unflatten(out_structure, leaves)
 
     return closed, captured

@@ -16,11 +16,13 @@ import pytest
 
 import train
 from revjax.training.metrics import read_rows
+from revjax.training.workdir import lock_workdir
 
 ROOT = Path(train.__file__).parent
 STEPS = 300
 
-# Small enough to compile in seconds; the reversible chain, a transition and both splits are there.
+# Small enough to compile in seconds, with a transition and a reversible chain. The grid of 2^-20 is
+# exact up to 16, which the stream passes: the run must say so, once.
 CONFIG = f"""
 from configs import digits_revnet
 
@@ -28,6 +30,7 @@ def get_config():
     config = digits_revnet.get_config()
     config.model.units = (1, 2)
     config.model.filters = (8, 8, 16)
+    config.model.grid_bits = 20
     config.optim.boundaries = (200,)
     config.steps = {STEPS}
     config.log_every = 20
@@ -138,7 +141,7 @@ def test_workdir_has_what_is_promised(finished):
     summary = json.loads((workdir / "summary.json").read_text())
     peaks = [row["stream_peak"] for row in read_rows(workdir) if row["split"] == "train"]
     assert summary["stream_peak"] == max(peaks)
-    assert summary["stream_bound"] == 1024
+    assert summary["stream_bound"] == 16
     assert summary["steps"] == STEPS
     assert summary["model"] == "revnet"
     assert summary["wall_seconds"] > 0
@@ -148,6 +151,19 @@ def test_workdir_has_what_is_promised(finished):
     assert f"{summary['test_accuracy']:.2%}" in out
     assert "\r" not in err  # no bar where there is no terminal
     assert [line for line in err.splitlines() if "test loss" in line]
+
+
+def test_a_stream_past_its_bound_is_told_once(finished):
+    workdir, _, err = finished
+    said = [line for line in err.splitlines() if "config.model.grid_bits" in line]
+    assert len(said) == 1
+    told = re.match(r"at step (\d+) the stream has reached ([0-9.]+), past 16,", said[0])
+    assert told
+    reached = {
+        row["step"]: row["stream_peak"] for row in read_rows(workdir) if row["split"] == "train"
+    }
+    assert any(peak > 16 for step, peak in reached.items() if step < int(told[1]) + 20)
+    assert all(peak <= 16 for step, peak in reached.items() if step < int(told[1]))
 
 
 def test_a_finished_run_says_so_without_work(finished, command, monkeypatch, capsys):
@@ -246,7 +262,7 @@ def test_a_run_in_pieces_is_the_same_run(finished, command, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_killed_run_is_the_same_run(finished, command, tmp_path, seed):
     """SIGKILL at random moments, among them those of a save."""
     rng, workdir = np.random.default_rng(seed), tmp_path / "run"
@@ -255,7 +271,7 @@ def test_a_killed_run_is_the_same_run(finished, command, tmp_path, seed):
         wait_for_row(process, workdir, step)
         time.sleep(rng.uniform(0, 0.3))
         process.kill()
-        process.wait()
+        process.communicate()
     code, _, err = finish(command(workdir))
     assert code == 0, err
     assert_same_run(workdir, finished[0])
@@ -267,8 +283,8 @@ def test_a_second_signal_ends_at_once(command, tmp_path):
     wait_for_row(process, tmp_path / "run", 20)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=5) in (0, 128 + signal.SIGTERM)
-    process.communicate()
+    process.communicate(timeout=5)
+    assert process.returncode in (0, 128 + signal.SIGTERM)
 
 
 def test_a_signal_before_the_first_step(command, tmp_path):
@@ -299,7 +315,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path, capsys):
     arguments = ["train.py", f"--config={config}", f"--workdir={workdir}"]
     assert train.run(arguments) == 1
     err = capsys.readouterr().err.splitlines()[-1]
-    named = re.search(r"is not finite at step (\d+) \(learning rate 1e\+29\)", err)
+    named = re.search(r"the loss or gradient is not finite at step (\d+);", err)
     assert named, err
     assert 26 <= int(named[1]) <= 30
     assert "the checkpoint of step 20 is kept" in err
@@ -314,8 +330,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path, capsys):
 
 
 def test_two_runs_do_not_share_a_workdir(command, finished, capsys):
-    from revjax.training.workdir import lock_workdir
-
     with lock_workdir(finished[0]):
         arguments = [f"--config={command.config}", f"--workdir={finished[0]}"]
         assert train.run(["train.py", *arguments]) == 1

@@ -140,7 +140,7 @@ def test_a_reader_leaves_a_damaged_checkpoint_alone(saved, states):
 def test_nothing_but_damaged_checkpoints_is_an_error(saved, states):
     for step in (20, 30):
         truncate(saved / str(step))
-    with pytest.raises(TrainingError, match="no checkpoint in .* is whole"):
+    with pytest.raises(TrainingError, match=r"no checkpoint in .* is whole"):
         restore(saved, states[0])
     assert steps(saved.parent / "damaged_checkpoints") == [20, 30]
 

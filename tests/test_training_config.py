@@ -1,7 +1,7 @@
 """Command lines and configs that cannot be run: one sentence, exit code 2, nothing done."""
 
+import ast
 import dataclasses
-import importlib.util
 import re
 import subprocess
 import sys
@@ -11,7 +11,13 @@ import pytest
 
 import train
 from revjax.training.command_line import Arguments, parse_arguments
-from revjax.training.config import Config, check_config
+from revjax.training.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    check_config,
+)
 from revjax.training.errors import ConfigError
 
 ROOT = Path(train.__file__).parent
@@ -83,7 +89,7 @@ def refused(monkeypatch, tmp_path, capsys):
         ([DIGITS, "--config.seed=-1"], "config.seed is -1"),
         ([DIGITS, "--config.seed=2147483648"], "config.seed is 2147483648"),
         ([DIGITS, "--config.batch_size=0"], "config.batch_size is 0"),
-        ([DIGITS, "--config.batch_size=1438"], "config.batch_size is 1438; at most the 1437"),
+        ([DIGITS, "--config.batch_size=1438"], "config.batch_size is 1438; at most 1437"),
         ([DIGITS, "--config.log_every=0"], "config.log_every is 0"),
         ([DIGITS, "--config.eval_every=-1"], "config.eval_every is -1"),
         ([DIGITS, "--config.checkpoint_every=0"], "config.checkpoint_every is 0"),
@@ -142,10 +148,11 @@ def test_refuses_config_of_file(refused, tmp_path, line, named):
     path = tmp_path / "edited.py"
     path.write_text(
         "from configs import digits_revnet\n"
-        f"def get_config():\n    config = digits_revnet.get_config()\n    {line}\n    return config\n"
+        "def get_config():\n"
+        "    config = digits_revnet.get_config()\n"
+        f"    with config.ignore_type(): {line}\n"
+        "    return config\n"
     )
-    if "= '3" in line or "'resnet'" in line:  # ConfigDict checks the type of what it has already
-        path.write_text(path.read_text().replace(line, f"with config.ignore_type(): {line}"))
     assert named in refused(f"--config={path}")
 
 
@@ -153,7 +160,7 @@ def test_a_real_process_exits_with_2(tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), DIGITS, "--config.steps=0"]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == "train.py: config.steps is 0; a number above 0 is due.\n"
+    assert ended.stderr == "train.py: config.steps is 0; a number from 1 to 2^31 - 1 is due.\n"
     assert not list(tmp_path.iterdir())
 
 
@@ -198,7 +205,7 @@ def test_every_field_of_a_config_is_read():
         for path in [ROOT / "train.py", *(ROOT / "revjax" / "training").glob("*.py")]
         if path.name != "config.py"
     )
-    for record in (Config, *(field.type for field in dataclasses.fields(Config)[:3])):
+    for record in (Config, DataConfig, ModelConfig, OptimConfig):
         for field in dataclasses.fields(record):
             assert re.search(rf"\b(config|data|optim|model)\.{field.name}\b", sources), field.name
 
@@ -216,11 +223,7 @@ def test_configs_are_the_issue_s():
 def test_config_is_valid(name):
     path = ROOT / "configs" / f"{name}.py"
     config = check_config(parse(f"--config={path}").config)
-    header = (
-        importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path))
-        .__spec__.loader.get_source(name)
-        .split('"""')[1]
-    )
+    header = ast.get_docstring(ast.parse(path.read_text())) or ""
     assert f"python train.py --config configs/{name}.py" in header
     for item in ("Hardware:", "Time:", "Accuracy:", "n:"):
         assert item in header

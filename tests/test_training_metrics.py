@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 
 from revjax.training.errors import TrainingError
@@ -67,7 +67,7 @@ def events(directory):
             length = int.from_bytes(data[:8], "little")
             payload, checksum = data[12 : 12 + length], data[12 + length : 16 + length]
             assert masked_crc32c(payload) == int.from_bytes(checksum, "little")
-            yield Event.FromString(payload)
+            yield event_pb2.Event.FromString(payload)  # pyright: ignore[reportAttributeAccessIssue]
             data = data[16 + length :]
 
 

@@ -1,5 +1,7 @@
 """SGD and its schedule against the equations, in float64 numpy."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ CONFIG = OptimConfig(
 
 
 def test_two_steps_are_those_of_the_equations():
-    """v <- m v + g + wd w for kernels, v <- m v + g for the rest; w <- w - rate v."""
+    """V <- m v + g + wd w for kernels, v <- m v + g for the rest; w <- w - rate v."""
     rng = np.random.default_rng(0)
     shapes = {
         "conv": {"kernel": (3, 3, 2, 4)},
@@ -34,7 +36,8 @@ def test_two_steps_are_those_of_the_equations():
     gradients = [jax.tree.map(draw, shapes, is_leaf=is_shape) for _ in range(2)]
 
     optimizer = make_optimizer(CONFIG)
-    result, state = jax.tree.map(jnp.asarray, params), optimizer.init(params)
+    result: Any = params
+    state = optimizer.init(params)
     for gradient in gradients:
         updates, state = jax.jit(optimizer.update)(gradient, state, result)
         result = optax.apply_updates(result, updates)

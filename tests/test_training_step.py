@@ -10,9 +10,10 @@ from ml_collections import ConfigDict
 
 from revjax.data import batch_indices, load_dataset, random_crop_flip
 from revjax.training.config import check_config
+from revjax.training.evaluation import make_eval_batch
 from revjax.training.optimizer import learning_rate_schedule, make_optimizer
 from revjax.training.state import abstract_model, draw, initial_state
-from revjax.training.step import make_eval_batch, make_train_steps, put_on_device
+from revjax.training.step import make_train_steps, put_on_device
 
 MOST = 7  # steps a dispatch
 

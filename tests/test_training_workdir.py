@@ -32,19 +32,21 @@ def changed(**changes):
 @pytest.fixture
 def workdir(tmp_path):
     write_json(tmp_path / "config.json", CONFIG)
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
     return tmp_path
 
 
 def test_a_second_run_is_refused_while_the_first_has_the_folder(tmp_path):
-    with lock_workdir(tmp_path / "run"):
-        with pytest.raises(TrainingError, match=f"in use by another run .process {os.getpid()}."):
-            lock_workdir(tmp_path / "run")
+    held = lock_workdir(tmp_path / "run")
+    with pytest.raises(TrainingError, match=rf"in use by .* \(process {os.getpid()}\)"):
+        lock_workdir(tmp_path / "run")
+    held.close()
     lock_workdir(tmp_path / "run").close()
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(TrainingError, match="cannot be written .Not a directory."):
+    with pytest.raises(TrainingError, match=r"cannot be written \(Not a directory\)"):
         lock_workdir(tmp_path / "file" / "run")
 
 
@@ -79,9 +81,17 @@ def test_another_config_is_refused_with_the_keys_that_differ(workdir, change, na
     assert f"has another config: {named}; give another --workdir" in str(refused.value)
 
 
+def test_a_run_that_saved_nothing_has_no_config_to_keep(workdir):
+    (workdir / "checkpoints" / "10").rmdir()
+    check_same_config(workdir, changed(seed=1))
+    (workdir / "summary.json").touch()
+    with pytest.raises(ConfigError, match=r"config\.seed is 1, there 0"):
+        check_same_config(workdir, changed(seed=1))
+
+
 def test_checkpoints_of_an_unknown_config_are_refused(tmp_path):
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
-    with pytest.raises(TrainingError, match="no config.json"):
+    with pytest.raises(TrainingError, match=r"no config\.json"):
         check_same_config(tmp_path, CONFIG)
 
 
@@ -91,3 +101,6 @@ def test_json_is_written_whole_or_not_at_all(workdir):
         write_json(workdir / "config.json", {"steps": 1, "unwritable": object()})
     assert (workdir / "config.json").read_text() == before
     assert json.loads(before) == json.loads(json.dumps(CONFIG))
+    with open(workdir / "config.json") as reader:  # a reader has the old file or the new one
+        write_json(workdir / "config.json", changed(steps=1))
+        assert reader.read() == before

@@ -4,9 +4,10 @@ import json
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -20,7 +21,7 @@ SEAL = "files.json"
 class Restored(NamedTuple):
     """What the newest whole checkpoint holds."""
 
-    state: TrainState  # of numpy arrays
+    state: TrainState
     step: int
     wall_seconds: float  # spent on the run until this step, over all its starts
 
@@ -97,13 +98,14 @@ class Checkpoints:
 
     def _restore(self, step: int, template: TrainState) -> Restored:
         arrays = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), template)
-        restored = self._manager.restore(
+        restored: Any = self._manager.restore(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(arrays), record=ocp.args.JsonRestore()
             ),
         )
-        return Restored(restored.state, step, restored.record["wall_seconds"])
+        state = jax.tree.map(jnp.array, restored.state)
+        return Restored(state, step, restored.record["wall_seconds"])
 
     def _set_aside(self, step: int) -> Path:
         aside = self.directory.parent / "damaged_checkpoints" / str(step)

@@ -22,7 +22,7 @@ class Arguments(NamedTuple):
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments | str:
-    """Reads the command line, the config file it names, and its overrides of that config.
+    """Read the command line, the config file it names, and its overrides of that config.
 
     The flags live in tables of their own, not in absl's global one, so a process may parse as
     many command lines as it likes.
@@ -74,7 +74,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments | str:
 
 
 def _load_config(path: str) -> ConfigDict:
-    """Runs a config file, which is Python, and returns what its `get_config()` returns."""
+    """Run a config file, which is Python, and return what its `get_config()` returns."""
     if not Path(path).is_file():
         raise ConfigError(f"--config={path}: there is no such file.")
     spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
@@ -89,13 +89,13 @@ def _load_config(path: str) -> ConfigDict:
         raise ConfigError(f"--config={path}: its get_config() cannot be run ({what}).") from error
     if not isinstance(config, ConfigDict):
         raise ConfigError(
-            f"--config={path}: get_config() returned {config!r}; an ml_collections ConfigDict is due."
+            f"--config={path}: get_config() returned {config!r}; a ConfigDict is due."
         )
     return config
 
 
 def _check_key(config: ConfigDict, key: str) -> None:
-    """Raises unless `key`, as in "data.name", leads to a value in `config`."""
+    """Raise unless `key`, as in "data.name", leads to a value in `config`."""
     group, path = config, "config"
     for part in key.split("."):
         if not isinstance(group, ConfigDict):

@@ -5,6 +5,7 @@ nothing reads is an error and not a silence.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import types
@@ -74,7 +75,7 @@ class Config:
 
 
 def check_config(values: ConfigDict) -> Config:
-    """Turns the config of the command line into a record, or says what is wrong with it.
+    """Turn the config of the command line into a record, or say what is wrong with it.
 
     Args:
         values: what `get_config()` returned, under the command line's overrides.
@@ -88,6 +89,11 @@ def check_config(values: ConfigDict) -> Config:
     config = _record(Config, values, "config")
     data, model, optim = config.data, config.model, config.optim
 
+    def require(holds: bool, key: str, due: str) -> None:
+        if not holds:
+            value = functools.reduce(getattr, key.split("."), config)
+            raise ConfigError(f"config.{key} is {value!r}; {due} is due.")
+
     # Names, and the keys that only some of them read.
     try:
         info = dataset_info(data.name, data_dir=data.dir)
@@ -96,56 +102,44 @@ def check_config(values: ConfigDict) -> Config:
     if data.name == "digits":
         _refuse(values.data, "data", ("dir", "source"), "digits comes with scikit-learn")
     names = (*GENERIC_MODELS, *list_models())
-    _require(model.name in names, "model.name", model.name, f"one of {', '.join(names)}")
+    require(model.name in names, "model.name", f"one of {', '.join(names)}")
     if model.name.startswith("resnet"):
         _refuse(values.model, "model", ("grid_bits",), "a ResNet has no reversible stream")
     elif "grid_bits" not in values.model:
         raise ConfigError("config.model.grid_bits is missing; a RevNet needs it (14, or None).")
-    for key in ("units", "filters", "bottleneck"):
-        if model.name not in GENERIC_MODELS:
-            _refuse(values.model, "model", (key,), f"{model.name} is fixed")
-        elif getattr(model, key) is None:
+    own = ("units", "filters", "bottleneck")
+    if model.name not in GENERIC_MODELS:
+        _refuse(values.model, "model", own, f"{model.name} is fixed")
+    for key in own if model.name in GENERIC_MODELS else ():
+        if getattr(model, key) is None:
             raise ConfigError(f"config.model.{key} is missing; the model {model.name!r} needs it.")
-    _require(model.dtype in DTYPES, "model.dtype", model.dtype, f"one of {', '.join(DTYPES)}")
-    if model.grid_bits is not None:
-        _require(0 <= model.grid_bits <= 23, "model.grid_bits", model.grid_bits, "0 to 23, or None")
+    require(model.dtype in DTYPES, "model.dtype", f"one of {', '.join(DTYPES)}")
+    bits = model.grid_bits
+    require(bits is None or 0 <= bits <= 23, "model.grid_bits", "None or a number from 0 to 23")
 
-    # Numbers.
-    for key in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every"):
-        _require(getattr(config, key) > 0, key, getattr(config, key), "a number above 0")
-    _require(config.keep_checkpoints > 0, "keep_checkpoints", config.keep_checkpoints, "at least 1")
-    _require(config.steps < 2**31, "steps", config.steps, "below 2^31")
-    _require(0 <= config.seed < 2**31, "seed", config.seed, "0 to 2^31 - 1")
-    _require(
-        0 < optim.learning_rate < math.inf, "optim.learning_rate", optim.learning_rate, "above 0"
-    )
-    _require(0 < optim.decay_factor < math.inf, "optim.decay_factor", optim.decay_factor, "above 0")
-    _require(0 <= optim.momentum < 1, "optim.momentum", optim.momentum, "in [0, 1)")
-    _require(0 <= optim.weight_decay < math.inf, "optim.weight_decay", optim.weight_decay, ">= 0")
-    edges = (0, *optim.boundaries, 2**31)
-    if any(left >= right for left, right in itertools.pairwise(edges)):
-        raise ConfigError(
-            f"config.optim.boundaries is {optim.boundaries}; increasing steps above 0 are due."
-        )
+    # Numbers; a comparison with NaN does not hold.
+    for key in ("batch_size", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):
+        require(getattr(config, key) > 0, key, "a number above 0")
+    require(0 < config.steps < 2**31, "steps", "a number from 1 to 2^31 - 1")
+    require(0 <= config.seed < 2**31, "seed", "a number from 0 to 2^31 - 1")
+    require(0 < optim.learning_rate < math.inf, "optim.learning_rate", "a number above 0")
+    require(0 < optim.decay_factor < math.inf, "optim.decay_factor", "a number above 0")
+    require(0 <= optim.momentum < 1, "optim.momentum", "a number in [0, 1)")
+    require(0 <= optim.weight_decay < math.inf, "optim.weight_decay", "a number from 0")
+    edges = itertools.pairwise((0, *optim.boundaries, 2**31))
+    increasing = all(left < right for left, right in edges)
+    require(increasing, "optim.boundaries", "a tuple of increasing steps above 0")
 
     # Against the data.
-    _require(
-        config.batch_size <= info.train_size,
-        "batch_size",
-        config.batch_size,
-        f"at most the {info.train_size} training examples of {data.name}",
-    )
-    _require(
-        0 <= data.padding < min(info.image_shape[:2]),
-        "data.padding",
-        data.padding,
-        f"0 to less than the images' side, {min(info.image_shape[:2])}",
-    )
+    fits = config.batch_size <= info.train_size
+    require(fits, "batch_size", f"at most {info.train_size}, the size of {data.name},")
+    side = min(info.image_shape[:2])
+    require(0 <= data.padding < side, "data.padding", f"a number from 0 to {side - 1}")
     return config
 
 
 def _record(record: type, values: Any, path: str) -> Any:
-    """Builds a dataclass from a ConfigDict whose keys and types must be its fields'."""
+    """Build a dataclass from a ConfigDict whose keys and types must be its fields'."""
     if not isinstance(values, ConfigDict):
         raise ConfigError(f"{path} is {values!r}; a group of keys is due.")
     hints = typing.get_type_hints(record)
@@ -163,7 +157,7 @@ def _record(record: type, values: Any, path: str) -> Any:
 
 
 def _value(hint: Any, value: Any, key: str) -> Any:
-    """Returns `value` as the field's type, which is the only one it may have."""
+    """Return `value` as the field's type, which is the only one it may have."""
     if dataclasses.is_dataclass(hint):
         return _record(typing.cast(type, hint), value, key)
     if isinstance(hint, types.UnionType):  # TYPE | None
@@ -177,11 +171,6 @@ def _value(hint: Any, value: Any, key: str) -> Any:
     if type(value) is not hint:
         raise ConfigError(f"{key} is {value!r}; {hint.__name__} is due.")
     return value
-
-
-def _require(holds: bool, key: str, value: Any, due: str) -> None:
-    if not holds:
-        raise ConfigError(f"config.{key} is {value!r}; {due} is due.")
 
 
 def _refuse(group: ConfigDict, name: str, keys: tuple[str, ...], why: str) -> None:

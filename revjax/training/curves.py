@@ -9,7 +9,7 @@ from matplotlib.ticker import PercentFormatter
 
 
 def draw_curves(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Writes `path`, a PNG with two panels, from the rows of a run's metrics.
+    """Write `path`, a PNG with two panels, from the rows of a run's metrics.
 
     Args:
         rows: as `revjax.training.metrics.read_rows` returns them.

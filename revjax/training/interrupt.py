@@ -84,7 +84,7 @@ def in_background(*works: Callable[[], T]) -> list[T]:
 
 
 def exit_now(code: int) -> None:
-    """Ends the process without waiting for threads that cannot be cancelled."""
+    """End the process without waiting for threads that cannot be cancelled."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

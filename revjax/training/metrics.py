@@ -11,7 +11,7 @@ from revjax.training.errors import TrainingError
 
 
 def read_rows(workdir: Path) -> list[dict[str, Any]]:
-    """Returns the rows of `metrics.jsonl`, without a last line that was not written to its end.
+    """Return the rows of `metrics.jsonl`, without a last line that was not written to its end.
 
     Raises:
         TrainingError: if any other line is not a row.
@@ -40,19 +40,19 @@ class MetricsLog:
     """The rows of a run, in `metrics.jsonl` and as TensorBoard events."""
 
     def __init__(self, workdir: Path, step: int):
-        """Opens the log of a run that goes on from `step`; later rows are dropped."""
+        """Open the log of a run that goes on from `step`; later rows are dropped."""
         self._path = workdir / "metrics.jsonl"
         self.rows = [row for row in read_rows(workdir) if row["step"] <= step]
         temporary = self._path.with_name("metrics.jsonl.tmp")
         temporary.write_text("".join(map(_line, self.rows)))
         os.replace(temporary, self._path)
-        self._file = open(self._path, "a")
+        self._file = open(self._path, "a")  # noqa: SIM115 (close() closes it)
         self._events = SummaryWriter(
             str(workdir / "tensorboard"), purge_step=step + 1, filename_suffix=f".{step}"
         )
 
     def write(self, row: dict[str, Any]) -> None:
-        """Adds a row; `step` and `split` say what it is about, the rest are numbers."""
+        """Add a row; `step` and `split` say what it is about, the rest are numbers."""
         self.rows.append(row)
         self._file.write(_line(row))
         self._file.flush()
@@ -61,16 +61,16 @@ class MetricsLog:
                 self._events.add_scalar(f"{row['split']}/{name}", value, row["step"])
 
     def last(self, split: str) -> dict[str, Any] | None:
-        """Returns the newest row of a split, if there is one."""
+        """Return the newest row of a split, if there is one."""
         return next((row for row in reversed(self.rows) if row["split"] == split), None)
 
     def sync(self) -> None:
-        """Returns when every row is on the disk; a checkpoint must not be ahead of its rows."""
+        """Return when every row is on the disk; a checkpoint must not be ahead of its rows."""
         os.fsync(self._file.fileno())
         self._events.flush()
 
     def close(self) -> None:
-        """Closes both files."""
+        """Close both files."""
         self._file.close()
         self._events.close()
 

@@ -12,7 +12,7 @@ from revjax.training.config import OptimConfig
 
 
 def learning_rate_schedule(config: OptimConfig) -> Callable[[ArrayLike], jax.Array]:
-    """Returns the learning rate as a function of the step, jit-able.
+    """Return the learning rate as a function of the step, jit-able.
 
     `rate(s) = learning_rate * decay_factor^n`, n the number of boundaries b with b <= s. The
     boundaries are absolute steps: a shorter run simply ends before some of them.
@@ -37,7 +37,7 @@ def is_kernel(path: tuple[Any, ...]) -> bool:
 
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """Returns `v <- momentum v + g + weight_decay w;  w <- w - rate(step) v`.
+    """Return `v <- momentum v + g + weight_decay w;  w <- w - rate(step) v`.
 
     The decay, the gradient of `weight_decay / 2 * ||w||^2`, is for convolution and dense kernels
     alone: not for biases, nor for the scale and bias of BatchNorm.

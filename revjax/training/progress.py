@@ -22,8 +22,8 @@ class Progress:
             initial=step,
             disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}"
-            " [{elapsed}<{remaining}{postfix}]",
+            bar_format="{desc}{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}"
+            " [{elapsed}, {remaining} left{postfix}]",
         )
 
     def advance(self, steps: int) -> None:

@@ -32,8 +32,8 @@ class TrainState(NamedTuple):
     """
 
     step: jax.Array  # int32 [], training steps done
-    params: nnx.State  # the model's nnx.Param
-    variables: nnx.State  # all else of the model: running statistics, the stream's peak
+    params: Any  # nnx.State of the model's nnx.Param
+    variables: Any  # nnx.State of all else of the model: running statistics, the stream's peak
     opt_state: optax.OptState
     interval: Interval
     stream_peak: jax.Array  # float32 [], largest |stream| of all steps done
@@ -50,7 +50,7 @@ class Abstract(NamedTuple):
 
 
 def build_model(config: Config) -> nnx.Module:
-    """Returns the config's network, its parameters drawn from the config's seed."""
+    """Return the config's network, its parameters drawn from the config's seed."""
     model = config.model
     info = dataset_info(config.data.name, data_dir=config.data.dir)
     options: dict[str, Any] = {}
@@ -70,7 +70,7 @@ def build_model(config: Config) -> nnx.Module:
 
 
 def abstract_model(config: Config) -> Abstract:
-    """Traces the network on one batch, so that one that cannot be built is refused early.
+    """Trace the network on one batch, so that one that cannot be built is refused early.
 
     Nothing is compiled and no array is made.
 

@@ -1,4 +1,4 @@
-"""The compiled programs: several training steps a dispatch, and a batch of evaluation."""
+"""The training step, compiled, and several of them a dispatch."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from revjax.data import Dataset, augment, mean_image, normalize
+from revjax.data import Dataset, augment, mean_image
 from revjax.revnet import StreamPeak
 from revjax.training.config import Config
 from revjax.training.state import Abstract, Interval, TrainState
@@ -34,7 +34,7 @@ class Report(NamedTuple):
 
 
 def put_on_device(dataset: Dataset) -> tuple[Split, Split]:
-    """Returns the training and the test half, with the training half's mean image."""
+    """Return the training and the test half, with the training half's mean image."""
     mean = jnp.asarray(mean_image(dataset.train_images))
     train = Split(jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels), mean)
     test = Split(jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels), mean)
@@ -47,7 +47,7 @@ def make_train_steps(
     optimizer: optax.GradientTransformation,
     schedule: Callable[[jax.Array], jax.Array],
 ) -> Callable[[TrainState, Split, jax.Array, jax.Array], tuple[TrainState, Report]]:
-    """Returns the jitted `train_steps(state, data, indices, num_steps) -> state, report`.
+    """Return the jitted `train_steps(state, data, indices, num_steps) -> state, report`.
 
     `indices`, int32 [K, batch_size], names the examples of up to K steps, of which the first
     `num_steps` are made. As `num_steps` is a traced value, one program serves every number of
@@ -123,28 +123,3 @@ def make_train_steps(
         return state, report
 
     return jax.jit(train_steps, donate_argnums=0)
-
-
-def make_eval_batch(
-    model: Abstract, batch_size: int
-) -> Callable[[nnx.State, nnx.State, Split, jax.Array], tuple[jax.Array, jax.Array]]:
-    """Returns the jitted `eval_batch(params, variables, data, start) -> loss, correct`.
-
-    The batch is the examples `start` to `start + batch_size`, fewer at the end of the data; the
-    loss, float32, and the number of correct answers, int32, are sums over it.
-    """
-
-    def eval_batch(
-        params: nnx.State, variables: nnx.State, data: Split, start: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        indices = start + jnp.arange(batch_size, dtype=jnp.int32)
-        counted = indices < len(data.labels)
-        indices = jnp.minimum(indices, len(data.labels) - 1)
-        labels = data.labels[indices]
-        images = normalize(data.images[indices], data.mean)
-        logits = nnx.merge(model.eval_graph, params, variables)(images)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        correct = (jnp.argmax(logits, axis=-1) == labels) & counted
-        return jnp.where(counted, losses, 0).sum(), correct.sum(dtype=jnp.int32)
-
-    return jax.jit(eval_batch)

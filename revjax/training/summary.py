@@ -11,7 +11,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def device_name() -> str:
-    """Returns what the run computes on, as in "cpu (2 cores)" or "4 x NVIDIA H100"."""
+    """Return what the run computes on, as in "cpu (2 cores)" or "4 x NVIDIA H100"."""
     devices = jax.devices()
     if devices[0].platform == "cpu":
         return f"cpu ({os.cpu_count()} cores)"
@@ -19,14 +19,14 @@ def device_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that decide a run's numbers."""
+    """Return the versions of Python and of the packages that decide a run's numbers."""
     return {"python": platform.python_version()} | {
         name: importlib.metadata.version(name) for name in PACKAGES
     }
 
 
 def summary_table(summary: dict[str, Any]) -> str:
-    """Returns the lines to print for a `summary.json`."""
+    """Return the lines to print for a `summary.json`."""
     lines = {
         "model": f"{summary['model']}, {summary['parameters']:,} parameters",
         "data": summary["data"],

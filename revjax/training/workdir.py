@@ -14,7 +14,7 @@ FREE_KEYS = ("data.dir", "data.source", "checkpoint_every", "keep_checkpoints")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a file that is, at any moment, either what it was before or complete."""
+    """Write a file that is, at any moment, either what it was before or complete."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w") as file:
         json.dump(value, file, indent=2, allow_nan=False)
@@ -25,7 +25,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def lock_workdir(workdir: Path) -> TextIO:
-    """Creates the folder if need be and makes it this process's own until the process ends.
+    """Create the folder if need be and make it this process's own until the process ends.
 
     Returns:
         The lock's file; the lock ends when it is closed, or with the process, however that ends.
@@ -35,7 +35,7 @@ def lock_workdir(workdir: Path) -> TextIO:
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = open(workdir / ".lock", "a+")
+        lock = open(workdir / ".lock", "a+")  # noqa: SIM115 (the caller's to close)
     except OSError as error:
         raise TrainingError(
             f"the workdir {workdir} cannot be written ({error.strerror}); give another --workdir."
@@ -57,7 +57,7 @@ def lock_workdir(workdir: Path) -> TextIO:
 
 
 def check_same_config(workdir: Path, config: dict[str, Any]) -> None:
-    """Raises unless the folder is new or its run was started with this config.
+    """Raise unless the folder has nothing to lose, or what it has is of this config.
 
     `FREE_KEYS` may differ, and `steps` may have grown: the run then goes on to the new end.
 
@@ -70,13 +70,13 @@ def check_same_config(workdir: Path, config: dict[str, Any]) -> None:
         TrainingError: if the folder holds checkpoints of an unknown config.
     """
     path = workdir / "config.json"
-    if not path.exists():
-        if any((workdir / "checkpoints").glob("[0-9]*")):
-            raise TrainingError(
-                f"{workdir} has checkpoints but no config.json to say what they are of; "
-                "give another --workdir."
-            )
+    saved = any((workdir / "checkpoints").glob("[0-9]*"))
+    if not saved and not (workdir / "summary.json").exists():
         return
+    if not path.exists():
+        raise TrainingError(
+            f"{workdir} has a run but no config.json to say what of; give another --workdir."
+        )
     ours, theirs = _flat(json.loads(json.dumps(config))), _flat(json.loads(path.read_text()))
     differing = [
         f"config.{key} is {_shown(ours, key)}, there {_shown(theirs, key)}"

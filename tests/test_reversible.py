@@ -1,0 +1,724 @@
+"""The rule against stored backpropagation of the block's equations, written out in `reference`."""
+
+# Calls with options chosen at run time, which no type checker can follow.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalMemberAccess=false
+
+import contextlib
+from functools import cache, partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import checkify
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import revjax
+from revjax import rev_block_apply, rev_block_inverse, rev_chain_apply, rev_chain_inverse
+from revjax.conv import conv
+
+
+def reference(f, g, blocks, x, *args, xs=None, coupling="additive", grid_bits=14, has_aux=False):
+    """Gomez et al. 2017, eq. 6, block by block, to be differentiated with stored activations."""
+
+    def residual(h, *inputs):
+        out = h(*inputs)
+        out, aux = out if has_aux else (out, None)
+        return revjax.round_to_grid(out, grid_bits), aux
+
+    def join(x, r):
+        if coupling == "affine":
+            return jax.tree.map(lambda x, s, t: x * jnp.exp(s) + t, x, *r)
+        return jax.tree.map(lambda x, r: x + r, x, r)
+
+    x1, x2 = revjax.round_to_grid(x, grid_bits)
+    auxes = []
+    for i, (params_f, params_g) in enumerate(blocks):
+        extra = () if xs is None else (xs[i],)
+        r, aux_f = residual(f, params_f, x2, *args, *extra)
+        x1 = join(x1, r)
+        r, aux_g = residual(g, params_g, x1, *args, *extra)
+        x2 = join(x2, r)
+        auxes.append((aux_f, aux_g))
+    return ((x1, x2), auxes) if has_aux else (x1, x2)
+
+
+def unstack(tree, depth):
+    return [jax.tree.map(lambda a, i=i: a[i], tree) for i in range(depth)]
+
+
+def dense(w, x, *_):
+    return jnp.tanh(x @ w)
+
+
+def normal(seed, *shape, dtype=jnp.float64, scale=1.0):
+    return scale * jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def value(tree):
+    """A scalar that depends on every element of `tree`, nonlinearly."""
+    return sum(jnp.sum(jnp.sin(leaf + 0.1 * i)) for i, leaf in enumerate(jax.tree.leaves(tree)))
+
+
+def relative_error(a, b):
+    """`|a - b| / |b|` over all leaves, in float64."""
+    leaves = [
+        np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(t)])
+        for t in (a, b)
+    ]
+    return float(np.linalg.norm(leaves[0] - leaves[1]) / np.linalg.norm(leaves[1]))
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+# Inverse ----------------------------------------------------------------------------------------
+
+
+def stream(shape, dtype, kind):
+    x = normal(0, *shape, dtype=dtype), normal(1, *shape, dtype=dtype)
+    if kind == "array":
+        return x
+    if kind == "dict":
+        return tuple({"a": half, "b": [half[:1] * 2]} for half in x)
+    return x[0], (x[1], {"n": jnp.arange(3)})  # halves of different structure
+
+
+def mixing(kind, coupling):
+    """F and g for a stream of that kind, whose residuals depend on all of the other half."""
+
+    def f(w, x2, *_):
+        total = sum(jnp.mean(leaf.astype(w.dtype)) for leaf in jax.tree.leaves(x2))
+        like = stream(SHAPE[0], w.dtype, kind)[0]
+        r = jax.tree.map(lambda a: jnp.tanh(w[0, 0] * a + total), like)
+        return r if coupling == "additive" else (jax.tree.map(lambda a: 0.3 * a, r), r)
+
+    def g(w, y1, *_):
+        total = sum(jnp.mean(leaf) for leaf in jax.tree.leaves(y1))
+        like = stream(SHAPE[0], w.dtype, kind)[1]
+
+        def leaf(a):
+            return jnp.tanh(w[0, 1] * a + total) if jnp.issubdtype(a.dtype, jnp.floating) else a
+
+        r = jax.tree.map(leaf, like)
+        return (
+            r
+            if coupling == "additive"
+            else (jax.tree.map(lambda a: a / 3 if a.dtype == w.dtype else a, r), r)
+        )
+
+    return f, g
+
+
+SHAPE = [(2, 3)]
+
+
+@pytest.mark.parametrize("scanned", [True, False])
+@pytest.mark.parametrize("coupling", ["additive", "affine"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize(
+    "shape,kind", [((2, 3), "array"), ((1, 4, 4, 2), "dict"), ((5,), "mixed"), ((), "array")]
+)
+def test_inverse_of_apply_is_the_identity(shape, dtype, kind, coupling, scanned):
+    with jax.enable_x64(dtype == jnp.float64):
+        SHAPE[0] = shape
+        f, g = mixing(kind, coupling)
+        w = normal(2, 4, 2, 2, dtype=dtype)
+        params = (w, w[::-1])
+        params = params if scanned else unstack(params, 4)
+        options = {"coupling": getattr(revjax, coupling)}
+        x = stream(shape, dtype, kind)
+
+        @jax.jit
+        def there_and_back(params, x):
+            y = rev_chain_apply(f, g, params, x, **options)
+            return y, rev_chain_inverse(f, g, params, y, **options)
+
+        y, back = there_and_back(params, x)
+        assert any(
+            np.any(np.asarray(a) != np.asarray(b))
+            for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
+        )
+        if coupling == "additive":
+            chex.assert_trees_all_equal(back, revjax.round_to_grid(x, 14))
+        else:
+            tolerance = 1e4 * float(jnp.finfo(dtype).eps)
+            chex.assert_trees_all_close(back, x, rtol=tolerance, atol=tolerance)
+
+
+def test_block_is_a_chain_of_one(x64):
+    x, params = (normal(0, 2, 3), normal(1, 2, 3)), (normal(2, 3, 3), normal(3, 3, 3))
+    y = rev_block_apply(dense, dense, params, x)
+    chex.assert_trees_all_equal(y, reference(dense, dense, [params], x))
+    chex.assert_trees_all_equal(
+        rev_block_inverse(dense, dense, params, y), revjax.round_to_grid(x, 14)
+    )
+
+
+# Gradients in float64 ---------------------------------------------------------------------------
+
+
+def with_aux(params, x, *_):
+    """Convolution with BatchNorm on batch statistics, which leave as aux."""
+    mean, var = jnp.mean(x, (0, 1, 2)), jnp.var(x, (0, 1, 2))
+    shape = (1, 1, 1, -1)
+    x = (x - mean.reshape(shape)) / jnp.sqrt(var.reshape(shape) + 1e-3) * params["scale"]
+    return conv(jnp.tanh(x), params["kernel"]), {"mean": mean, "var": var}
+
+
+def noisy(w, x, scale, key, index):
+    """Uses an argument, a key, and an index of its own block."""
+    noise = jax.random.normal(jax.random.fold_in(key, index["i"]), x.shape, x.dtype)
+    return scale * index["gate"] * jnp.tanh(x @ w["w"] + noise) * w["repeat"].astype(x.dtype)
+
+
+def affine_dense(w, x):
+    return 0.3 * jnp.tanh(x @ w), jnp.sin(x @ w)
+
+
+def case(name):
+    """`(f, g, stacked params, x, args, options)`, float64."""
+    w = normal(2, 3, 3, 3), normal(3, 3, 3, 3)
+    x = normal(0, 4, 3), normal(1, 4, 3)
+    if name == "dense":
+        return dense, dense, w, x, (), {}
+    if name == "float coupling":
+        return dense, dense, w, x, (), {"grid_bits": None}
+    if name == "affine":
+        return affine_dense, affine_dense, w, x, (), {"coupling": "affine", "grid_bits": None}
+    if name == "conv with BN, aux":
+        params = {"kernel": normal(2, 3, 3, 3, 2, 2, scale=0.5), "scale": normal(3, 3, 1, 1, 1, 2)}
+        x = normal(0, 2, 6, 6, 2), normal(1, 2, 6, 6, 2)
+        return with_aux, with_aux, (params, params), x, (), {"has_aux": True}
+    params = tuple({"w": a, "repeat": jnp.arange(3) % 2} for a in w)
+    xs = {"i": jnp.arange(3), "gate": normal(5, 3)}
+    return noisy, noisy, params, x, (jnp.float64(0.7), jax.random.key(9)), {"xs": xs}
+
+
+DEPTH = 3
+CASES = ["dense", "float coupling", "affine", "conv with BN, aux", "keys, args, xs, integers"]
+
+
+def split_floats(tree):
+    """The float leaves, which are differentiated, and a function that puts them back."""
+    leaves, structure = jax.tree.flatten(tree)
+    is_float = [jnp.issubdtype(a.dtype, jnp.floating) for a in leaves]
+
+    def join(floats):
+        rest = iter(floats)
+        both = zip(leaves, is_float, strict=True)
+        return jax.tree.unflatten(structure, [next(rest) if yes else a for a, yes in both])
+
+    return [a for a, yes in zip(leaves, is_float, strict=True) if yes], join
+
+
+@cache
+def stored_backprop(name):
+    """Loss, output and gradients of a case by the reference."""
+    f, g, params, x, args, options = case(name)
+    floats, join = split_floats((params, x, args, options.get("xs")))
+
+    def loss(floats):
+        params, x, args, xs = join(floats)
+        kwargs = options | {"xs": xs and unstack(xs, DEPTH)}
+        out = reference(f, g, unstack(params, DEPTH), x, *args, **kwargs)
+        return value(out[0] if "has_aux" in options else out), out
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(floats)
+
+
+@pytest.mark.parametrize(
+    "backward,scanned",
+    [
+        ("reversible", True),
+        ("reversible", False),
+        ("remat", True),
+        ("remat", False),
+        ("store", True),
+    ],
+)
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_those_of_stored_backprop(x64, name, scanned, backward):
+    f, g, params, x, args, options = case(name)
+    floats, join = split_floats((params, x, args, options.get("xs")))
+
+    def loss(floats):
+        params, x, args, xs = join(floats)
+        if not scanned:
+            params, xs = unstack(params, DEPTH), xs and unstack(xs, DEPTH)
+        kwargs = options | {"xs": xs, "backward": backward}
+        if "coupling" in kwargs:
+            kwargs["coupling"] = getattr(revjax, kwargs["coupling"])
+        out = rev_chain_apply(f, g, params, x, *args, **kwargs)
+        return value(out[0] if "has_aux" in options else out), out
+
+    (loss, out), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(floats)
+    (expected_loss, expected), expected_gradients = stored_backprop(name)
+    assert relative_error(loss, expected_loss) <= 1e-12
+    if "has_aux" in options:
+        auxes = unstack(out[1], DEPTH) if scanned else out[1]
+        chex.assert_trees_all_close(auxes, expected[1], rtol=1e-12)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert relative_error(gradient, expected_gradient) <= 1e-12
+
+
+def test_closures_over_traced_values_get_their_gradients(x64):
+    x, w = (normal(0, 4, 3), normal(1, 4, 3)), (normal(2, 3, 3, 3), normal(3, 3, 3, 3))
+
+    @partial(jax.jit, static_argnums=2)
+    def loss(bias, count, apply):
+        # bias is differentiated; count is an integer and key a key of the enclosing trace
+        key = jax.random.fold_in(jax.random.key(0), count)
+
+        def f(w, x2):
+            return jnp.tanh(
+                x2 @ w + bias + jax.random.normal(key, (1, 3), x2.dtype)
+            ) * count.astype(x2.dtype)
+
+        if apply is reference:
+            return value(reference(f, dense, unstack(w, 3), x))
+        return value(apply(f, dense, w, x))
+
+    ours = jax.grad(loss)(normal(4, 1, 3), 2, rev_chain_apply)
+    assert relative_error(ours, jax.grad(loss)(normal(4, 1, 3), 2, reference)) <= 1e-12
+
+    def scanned(bias, apply):  # the enclosing trace is the body of a scan
+        def body(carry, count):
+            return carry + loss(bias * carry, count, apply), None
+
+        return jax.lax.scan(body, jnp.float64(1), jnp.arange(3))[0]
+
+    ours, stored = (jax.grad(scanned)(normal(4, 1, 3), a) for a in (rev_chain_apply, reference))
+    assert relative_error(ours, stored) <= 1e-12
+
+
+def test_aux_carries_no_gradient_and_integers_a_float0(x64):
+    f, g, params, x, _, _ = case("conv with BN, aux")
+    for backward in ("reversible", "remat", "store"):
+
+        def loss(x, backward=backward):
+            return value(rev_chain_apply(f, g, params, x, has_aux=True, backward=backward)[1])
+
+        chex.assert_trees_all_equal(jax.grad(loss)(x), jax.tree.map(jnp.zeros_like, x))
+
+    def with_integer(w, n):
+        x = (normal(0, 2, 3), (normal(1, 2, 3), n))
+
+        def g(w, y1):
+            return jnp.tanh(y1 @ w), jnp.int32(2)
+
+        y = rev_block_apply(lambda w, x2: dense(w, x2[0]) * x2[1].astype(w.dtype), g, (w, w), x)
+        return value(y[0]), y[1][1]
+
+    (dw, dn), n = jax.grad(with_integer, (0, 1), has_aux=True, allow_int=True)(
+        normal(2, 3, 3), jnp.int32(3)
+    )
+    assert dn.dtype == jax.dtypes.float0 and int(n) == 5 and float(jnp.abs(dw).sum()) > 0
+
+
+def test_each_function_is_evaluated_twice_a_step():
+    """4N: forward N; backward one evaluation and two products of its derivative."""
+
+    def count(jaxpr, name):
+        subs = [
+            s
+            for e in jaxpr.eqns
+            for s in jax.tree.leaves(
+                list(e.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
+            )
+        ]
+        inner = sum(
+            count(getattr(s, "jaxpr", s), name)
+            for s in subs
+            if hasattr(s, "eqns") or hasattr(s, "jaxpr")
+        )
+        return inner + sum(e.primitive.name == name for e in jaxpr.eqns)
+
+    x, w = (jnp.ones((2, 3)), jnp.ones((2, 3))), (jnp.ones((3, 3)), jnp.ones((3, 3)))
+    for backward, products in {"reversible": 4, "store": 3}.items():
+
+        def loss(w, x, backward=backward):
+            return value(rev_chain_apply(dense, dense, [w, w, w], x, backward=backward))
+
+        jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(w, x)
+        assert count(jaxpr.jaxpr, "dot_general") == products * 6  # 3 blocks of 2 functions
+
+
+# Exactness in float32 and bf16, at depth --------------------------------------------------------
+
+
+def basic_block(params, x, compute):
+    """BN-ReLU-conv3x3, twice, in the dtype `compute`; statistics in float32 or wider."""
+    dtype = x.dtype
+    for scale, kernel in params:
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        mean, var = x.mean((0, 1, 2), keepdims=True), x.var((0, 1, 2), keepdims=True)
+        x = jax.nn.relu((x - mean) * jax.lax.rsqrt(var + 1e-3) * scale.astype(x.dtype))
+        x = conv(x.astype(compute), kernel.astype(compute))
+    return x.astype(dtype)
+
+
+def gradients_of_chain(depth, backward, *, stream=jnp.float32, compute=jnp.float32, grid_bits=14):
+    channels, f32 = 8, jnp.float32
+    kernels = normal(0, 2, 2, depth, 3, 3, channels, channels, dtype=f32, scale=(2 / 72) ** 0.5)
+    scales = 1 + 0.1 * normal(1, 2, 2, depth, 1, 1, 1, channels, dtype=f32)
+    params = tuple([(scales[i, j], kernels[i, j]) for j in range(2)] for i in range(2))
+    x = normal(2, 4, 8, 8, channels, dtype=f32), normal(3, 4, 8, 8, channels, dtype=f32)
+    f = partial(basic_block, compute=compute)
+
+    @jax.jit
+    def gradients(params, x):
+        def loss(params, x):
+            x = jax.tree.map(lambda a: a.astype(stream), x)
+            y = rev_chain_apply(f, f, params, x, grid_bits=grid_bits, backward=backward)
+            return value(jax.tree.map(lambda a: a.astype(f32), y))
+
+        return jax.grad(loss, (0, 1))(params, x)
+
+    return gradients(params, x)
+
+
+def gradient_error(depth, **options):
+    with jax.numpy_dtype_promotion("standard"):
+        return relative_error(
+            *(gradients_of_chain(depth, way, **options) for way in ("reversible", "store"))
+        )
+
+
+@pytest.mark.parametrize("depth", [3, 27, 100, 300])
+def test_gradients_on_the_grid_are_exact_at_any_depth(depth):
+    assert gradient_error(depth) <= 5e-6
+    assert gradient_error(depth, compute=jnp.bfloat16) <= 1e-6
+
+
+def test_gradients_of_the_plain_float_coupling_drift():
+    """The claim that the grid answers: should this fail, the grid is not needed any more."""
+    assert gradient_error(100, grid_bits=None) > 1e-5
+    assert gradient_error(100, grid_bits=None, compute=jnp.bfloat16) > 0.1
+    bf16 = {"stream": jnp.bfloat16, "compute": jnp.bfloat16}
+    assert gradient_error(27, grid_bits=None, **bf16) > 0.1
+
+
+# Memory and compilation -------------------------------------------------------------------------
+
+
+def temporary_bytes(depth, backward, transform=jax.grad):
+    kernel = jax.ShapeDtypeStruct((depth, 3, 3, 8, 8), jnp.float32)
+    scale = jax.ShapeDtypeStruct((depth, 1, 1, 1, 8), jnp.float32)
+    half = jax.ShapeDtypeStruct((8, 16, 16, 8), jnp.float32)
+    f = partial(basic_block, compute=jnp.float32)
+
+    def loss(params, x):
+        return value(rev_chain_apply(f, f, params, x, backward=backward))
+
+    params = ([(scale, kernel)] * 2, [(scale, kernel)] * 2)
+    compiled = jax.jit(transform(loss)).lower(params, (half, half)).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_activation_memory_does_not_grow_with_depth():
+    pair = 2 * 4 * 8 * 16 * 16 * 8
+    gradients = 4 * 4 * (9 * 8 * 8 + 8)  # of one block; XLA may keep a copy
+    shallow, middle, deep = (temporary_bytes(depth, "reversible") for depth in (4, 16, 64))
+    assert middle - shallow <= 12 * gradients + 0.01 * pair
+    assert deep - middle <= 48 * gradients + 0.01 * pair
+    assert temporary_bytes(64, "store") - temporary_bytes(16, "store") > 48 * pair
+
+
+def test_hessian_vector_products_by_jvp_of_grad_stay_flat():
+    def hvp(loss):
+        return lambda params, x: jax.jvp(lambda p: jax.grad(loss)(p, x), (params,), (params,))[1]
+
+    pair, gradients = 2 * 4 * 8 * 16 * 16 * 8, 4 * 4 * (9 * 8 * 8 + 8)
+    growth = temporary_bytes(16, "reversible", hvp) - temporary_bytes(4, "reversible", hvp)
+    assert growth <= 12 * (3 * gradients + 0.01 * pair)
+
+
+def test_functions_are_traced_as_often_at_any_depth():
+    counts = []
+    for depth in (2, 50):
+        calls = []
+
+        def f(w, x2, calls=calls):
+            calls.append(1)
+            return dense(w, x2)
+
+        w = jnp.zeros((depth, 3, 3))
+        x = jnp.zeros((2, 3)), jnp.zeros((2, 3))
+        jax.jit(jax.grad(lambda w, x=x, f=f: value(rev_chain_apply(f, f, (w, w), x))))(w)
+        counts.append(len(calls))
+    assert counts[0] == counts[1] <= 4
+
+
+# Under JAX's transformations --------------------------------------------------------------------
+
+
+def small(depth=4):
+    return (normal(2, depth, 3, 3), normal(3, depth, 3, 3)), (normal(0, 4, 3), normal(1, 4, 3))
+
+
+def loss_of(apply):
+    def loss(params, x):
+        if apply is reference:
+            return value(reference(dense, dense, unstack(params, len(params[0])), x))
+        return value(apply(dense, dense, params, x))
+
+    return loss
+
+
+def test_under_jit_vmap_scan_and_checkpoint(x64):
+    params, x = small()
+    ours, stored = loss_of(rev_chain_apply), loss_of(reference)
+    batch = jax.tree.map(lambda a: jnp.stack([a, a + 1, a * 2]), x)
+
+    def vmapped(loss, params):
+        return jnp.sum(jax.vmap(loss, (None, 0))(params, batch))
+
+    def vmapped_gradients(loss, params):
+        return jnp.sum(jax.vmap(jax.grad(loss), (None, 0))(params, batch)[0] ** 2)
+
+    def over_params(loss, params):
+        stacked = jax.tree.map(lambda a: jnp.stack([a, -a]), params)
+        return jnp.sum(jax.vmap(loss, (0, None))(stacked, x))
+
+    def scanned(loss, params):
+        return jax.lax.scan(lambda c, x: (c + loss(params, x), None), jnp.float64(0), batch)[0]
+
+    def checkpointed(loss, params):
+        return jax.checkpoint(loss)(params, x)
+
+    without_jit = jax.grad(ours)(params, x)
+    assert relative_error(without_jit, jax.jit(jax.grad(stored))(params, x)) <= 1e-12
+    for wrapped in (vmapped, vmapped_gradients, over_params, scanned, checkpointed):
+        gradients = [jax.jit(jax.grad(partial(wrapped, loss)))(params) for loss in (ours, stored)]
+        assert relative_error(*gradients) <= 1e-12, wrapped.__name__
+
+
+def test_nested_in_another_custom_rule(x64):
+    params, x = small()
+
+    def nested(loss):
+        rule = jax.custom_vjp(loss)
+        rule.defvjp(lambda p, x: jax.vjp(loss, p, x), lambda pull, d: pull(2 * d))
+        return rule
+
+    ours, stored = (jax.grad(nested(loss_of(a)))(params, x) for a in (rev_chain_apply, reference))
+    assert relative_error(ours, stored) <= 1e-12
+
+    def outer(w, x2):  # a chain within the functions of a chain
+        return rev_chain_apply(dense, dense, (w, w), (x2, 0.5 * x2))[0]
+
+    def outer_stored(w, x2):
+        return reference(dense, dense, unstack((w, w), 2), (x2, 0.5 * x2))[0]
+
+    w = normal(5, 3, 2, 3, 3)
+    ours = jax.grad(lambda w: value(rev_chain_apply(outer, outer, (w, w), x)))(w)
+    stored = jax.grad(
+        lambda w: value(reference(outer_stored, outer_stored, unstack((w, w), 3), x))
+    )(w)
+    assert relative_error(ours, stored) <= 1e-12
+
+
+@pytest.mark.parametrize("scanned", [True, False])
+def test_second_derivatives(x64, scanned):
+    params, x = small()
+
+    def ours(params):
+        return loss_of(rev_chain_apply)(params if scanned else unstack(params, 4), x)
+
+    def stored(params):
+        return loss_of(reference)(params, x)
+
+    v = jax.tree.map(jnp.cos, params)
+
+    def jvp_of_grad(loss):
+        return jax.jvp(jax.grad(loss), (params,), (v,))[1]
+
+    def grad_of_grad(loss):
+        def directional(p):
+            return sum(jnp.vdot(a, b) for a, b in zip(jax.grad(loss)(p), v, strict=True))
+
+        return jax.grad(directional)(params)
+
+    expected = jax.jit(partial(jvp_of_grad, stored))()
+    for product in (jvp_of_grad, grad_of_grad):
+        assert relative_error(jax.jit(partial(product, ours))(), expected) <= 1e-11
+
+
+def test_forward_mode_raises_the_error_of_jax():
+    params, x = (jnp.zeros((2, 3, 3)),) * 2, (jnp.zeros((4, 3)),) * 2
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda p: rev_chain_apply(dense, dense, p, x), (params,), (params,))
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_on_a_sharded_mesh(axis_type):
+    params = tuple(normal(i, 4, 3, 3, dtype=jnp.float32) for i in (2, 3))
+    x = tuple(normal(i, 8, 3, dtype=jnp.float32) for i in (0, 1))
+    scale = jnp.ones((1, 3))
+
+    def loss(params, x, scale):
+        def f(w, x2, scale):
+            return jnp.tanh(x2 @ w) * scale
+
+        return value(rev_chain_apply(f, f, params, x, scale))
+
+    gradients = jax.jit(jax.grad(loss, (0, 1, 2)))
+    expected = gradients(params, x, scale)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(axis_type,))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(x, NamedSharding(mesh, P("data")))
+        params, scale = jax.device_put((params, scale), NamedSharding(mesh, P()))
+        got = gradients(params, sharded, scale)
+    assert relative_error(jax.device_get(got), expected) <= 1e-6
+    assert got[1][0].sharding.spec == P("data") or got[1][0].sharding.spec == P("data", None)
+    chex.assert_trees_all_equal_shapes(got, expected)
+
+
+def test_within_shard_map():
+    params = tuple(normal(i, 4, 3, 3, dtype=jnp.float32) for i in (2, 3))
+    x = tuple(normal(i, 8, 3, dtype=jnp.float32) for i in (0, 1))
+    expected = jax.grad(lambda p: value(rev_chain_apply(dense, dense, p, x)))(params)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    def loss(params, x):
+        return jax.lax.psum(value(rev_chain_apply(dense, dense, params, x)), "data")
+
+    assert relative_error(jax.jit(jax.grad(loss))(params, x), expected) <= 1e-6
+
+
+# Options ----------------------------------------------------------------------------------------
+
+
+def test_unroll_and_depth_zero(x64):
+    params, x = small()
+    once = jax.grad(loss_of(rev_chain_apply))(params, x)
+    for unroll in (2, True):
+        apply = partial(rev_chain_apply, unroll=unroll)
+        assert relative_error(jax.grad(loss_of(apply))(params, x), once) <= 1e-12
+    for empty in ((jnp.zeros((0, 3, 3)), jnp.zeros((0, 3, 3))), []):
+        y = rev_chain_apply(dense, dense, empty, x)
+        chex.assert_trees_all_equal(y, revjax.round_to_grid(x, 14))
+        chex.assert_trees_all_equal(rev_chain_inverse(dense, dense, empty, y), y)
+        dx = jax.grad(lambda x, empty=empty: value(rev_chain_apply(dense, dense, empty, x)))(x)
+        chex.assert_trees_all_close(dx, jax.grad(value)(revjax.round_to_grid(x, 14)))
+
+
+@pytest.mark.parametrize("scanned", [True, False])
+@pytest.mark.parametrize("backward", ["reversible", "remat", "store"])
+def test_range_check_is_given_the_largest_of_the_whole_stream(scanned, backward):
+    # The peak is inside the chain: block 1 adds 50 to y2, block 2 takes it away again.
+    params = (jnp.zeros(3), jnp.array([1.0, 50.0, -50.0]))
+    params = params if scanned else unstack(params, 3)
+
+    def f(w, x2):
+        return jnp.zeros_like(x2)
+
+    def g(w, y1):
+        return w + jnp.zeros_like(y1)
+
+    seen = []
+
+    @jax.jit
+    def gradient(x):
+        def loss(x):
+            checked = partial(rev_chain_apply, f, g, params, x, backward=backward)
+            peaks = []
+            y = checked(range_check=lambda peak, bound: peaks.append((peak, bound)))
+            seen.append(peaks[0][1])
+            return value(y), peaks[0][0]
+
+        return jax.grad(loss, has_aux=True)(x)
+
+    _, peak = gradient((jnp.full(2, -3.0), jnp.ones(2)))
+    assert float(peak) == 52.0 and seen == [1024.0]
+
+
+def test_leaving_the_range_is_reported(capfd):
+    def apply(range_check, x1):
+        def run(x1):
+            return rev_block_apply_checked(x1, range_check)
+
+        return run(x1)
+
+    def rev_block_apply_checked(x1, range_check):
+        return rev_chain_apply(
+            dense, dense, [(jnp.eye(3),) * 2], (x1, jnp.ones((1, 3))), range_check=range_check
+        )
+
+    inside, outside = jnp.full((1, 3), 1000.0), jnp.full((1, 3), 2000.0)
+    warn = jax.jit(partial(apply, revjax.warn_out_of_range))
+    jax.block_until_ready(warn(inside))
+    jax.effects_barrier()
+    assert capfd.readouterr().out == ""
+    for bad, shown in ((outside, "2000"), (inside * jnp.nan, "nan")):
+        jax.block_until_ready(warn(bad))
+        jax.effects_barrier()
+        out = capfd.readouterr().out
+        assert f"The stream reached {shown}" in out and "beyond the 1024" in out
+        assert "smaller grid_bits" in out
+
+    check = jax.jit(checkify.checkify(partial(apply, revjax.check_in_range)))
+    check(inside)[0].throw()
+    with pytest.raises(checkify.JaxRuntimeError, match="The stream reached 2000"):
+        check(outside)[0].throw()
+
+
+# Errors -----------------------------------------------------------------------------------------
+
+ONE = jnp.ones((2, 3))
+STACK = jnp.ones((4, 3, 3))
+
+
+@pytest.mark.parametrize(
+    "error,message,f,params,x,options",
+    [
+        (TypeError, r"x must be a pair.*float32\[2,3\]", dense, (STACK, STACK), ONE, {}),
+        (TypeError, "params must be a pair", dense, STACK, (ONE, ONE), {}),
+        (TypeError, r"params\[1\] must be a pair", dense, [(STACK[0],) * 2, 3], (ONE, ONE), {}),
+        (TypeError, "f .half_dtype. returned bfloat16.2,3. where float32.2,3. was due.*Cast",
+         lambda w, x: dense(w, x).astype(jnp.bfloat16), (STACK, STACK), (ONE, ONE), {}),
+        (TypeError, r"returned float32\[1,3\] where float32\[2,3\] was due.*cannot be reversible",
+         lambda w, x: dense(w, x)[:1], (STACK, STACK), (ONE, ONE), {}),
+        (TypeError, "was due", lambda w, x: {"y": dense(w, x)}, (STACK, STACK), (ONE, ONE), {}),
+        (TypeError, "must return .residual, aux.", dense, (STACK, STACK), (ONE, ONE),
+         {"has_aux": True}),
+        (TypeError, "x is bfloat16, which cannot hold a grid", dense, (STACK, STACK),
+         (ONE.astype(jnp.bfloat16),) * 2, {}),
+        (TypeError, "was due", dense, (STACK, STACK), (ONE, ONE), {"coupling": revjax.affine}),
+        (ValueError, "cannot keep the stream on a grid", dense, (STACK, STACK), (ONE, ONE),
+         {"coupling": revjax.affine, "grid_bits": 14}),
+        (ValueError, "depth of the chain as its leading axis", dense, (STACK, STACK[:2]),
+         (ONE, ONE), {}),
+        (ValueError, "depth of the chain as its leading axis", dense, (STACK, jnp.float32(1)),
+         (ONE, ONE), {}),
+        (ValueError, "hold no array that would tell the depth", dense, ({}, {}), (ONE, ONE), {}),
+        (ValueError, "list of 1 blocks: xs must be one too", dense, [(STACK[0],) * 2], (ONE, ONE),
+         {"xs": [1, 2]}),
+        (ValueError, "backward='forward': give", dense, (STACK, STACK), (ONE, ONE),
+         {"backward": "forward"}),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_refused_in_a_sentence(error, message, f, params, x, options):
+    if f is not dense and "half_dtype" in message:
+        f.__name__ = "half_dtype"
+    with pytest.raises(error, match=message):
+        jax.eval_shape(lambda: rev_chain_apply(f, dense, params, x, **options))
+    if "backward" not in options:
+        with pytest.raises(error, match=message):
+            jax.eval_shape(lambda: rev_chain_inverse(f, dense, params, x, **options))
+
+
+def test_no_grid_takes_any_float_stream():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.numpy_dtype_promotion("standard"))
+        x = (ONE.astype(jnp.bfloat16),) * 2
+        w = STACK.astype(jnp.bfloat16)
+        y = rev_chain_apply(dense, dense, (w, w), x, grid_bits=None)
+        assert y[0].dtype == jnp.bfloat16

@@ -1,7 +1,10 @@
 """A small RevNet on the 1,797 digit scans inside scikit-learn: no download.
 
 Command:   python train.py --config configs/digits_revnet.py
-@@
+Hardware:  2-core CPU, JAX 0.10.2
+Time:      102 s, compilation included (the machine was also doing other work)
+Accuracy:  98.33% on the held-out fifth (seed 0); seeds 1 and 2: 97.78% and 98.06%
+n:         3
 """
 
 from ml_collections import ConfigDict, FieldReference
@@ -27,17 +30,17 @@ def get_config() -> ConfigDict:
 
     config.optim = optim = ConfigDict()
     optim.learning_rate = 0.1
-    optim.boundaries = (300, 420)
+    optim.boundaries = (600, 850)
     optim.decay_factor = 0.1
     optim.momentum = 0.9
     optim.weight_decay = 2e-4
 
     config.seed = 0
-    config.steps = 500
+    config.steps = 1_000
     config.batch_size = 100
 
-    config.log_every = 20
+    config.log_every = 50
     config.eval_every = 100
-    config.checkpoint_every = 200
+    config.checkpoint_every = 500
     config.keep_checkpoints = 3
     return config

@@ -5,6 +5,7 @@
 
 import re
 from functools import partial
+from typing import Any
 
 import chex
 import jax
@@ -35,7 +36,7 @@ def lax_conv(x, kernel, *, stride):
     )
 
 
-def draw(seed, *shapes, dtype=np.float64):
+def draw(seed, *shapes, dtype: Any = np.float64):
     rng = np.random.default_rng(seed)
     return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
 
@@ -162,6 +163,7 @@ def convolution_layouts(convolve):
     x, kernels = draw(5, (2, 8, 8, 4), (3, 3, 3, 4, 4), dtype=np.float32)
     gradient = jax.jit(jax.grad(scanned_loss(convolve), (0, 1)))
     text = gradient.lower(x, kernels).compile().as_text()
+    assert text is not None
     return set(re.findall(r"dim_labels=(\S+?)[,\s]", text))
 
 

@@ -120,7 +120,8 @@ def create_model(
             f"backward={backward!r} is not a way to differentiate {name}: give one of "
             f"{', '.join(ways)}."
         )
-    _check(name, architecture, num_classes, in_channels, dtype, halves=reversible)
+    dtype = _known_dtype(dtype)
+    _check(name, architecture, num_classes, in_channels, halves=reversible)
     options: dict[str, Any] = dict(
         in_channels=in_channels,
         bottleneck=architecture.bottleneck,
@@ -154,7 +155,20 @@ def _initialise(make, key):
     return nnx.merge(*init.lower(key).compile(compiler_options=options)(key))
 
 
-def _check(name, architecture, num_classes, in_channels, dtype, *, halves):
+def _known_dtype(dtype):
+    """`dtype` as a NumPy dtype, or a ValueError that says which there are."""
+    try:
+        known = None if dtype is None else jnp.dtype(dtype)  # NumPy takes None for float64
+    except TypeError:
+        known = None
+    if known is None or known.name not in ("float32", "bfloat16", "float16", "float64"):
+        raise ValueError(f"dtype={dtype!r}: give float32, bfloat16, float16 or float64.")
+    if known.name == "float64" and not jax.config.read("jax_enable_x64"):
+        raise ValueError('dtype=float64 needs jax.config.update("jax_enable_x64", True) first.')
+    return known
+
+
+def _check(name, architecture, num_classes, in_channels, *, halves):
     """Raise a ValueError that names the first number that no network can have."""
     units, filters, bottleneck, _ = architecture
     numbers = {"num_classes": [num_classes], "in_channels": [in_channels]}
@@ -166,8 +180,6 @@ def _check(name, architecture, num_classes, in_channels, dtype, *, halves):
             f"filters={filters} and units={units} of {name}: give one width more than stages, the "
             "first for the stem."
         )
-    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
-        raise ValueError(f"dtype={dtype!r}: give float32, bfloat16, float16 or float64.")
     widths = [filters[0], *(4 * width if bottleneck else width for width in filters[1:])]
     if halves and any(width % 2 for width in widths):
         raise ValueError(

@@ -41,8 +41,8 @@ from revjax.training.command_line import parse_arguments
 from revjax.training.config import Config, check_config
 from revjax.training.curves import draw_curves
 from revjax.training.errors import ConfigError, TrainingError
-from revjax.training.evaluation import evaluate, make_eval_batch
-from revjax.training.interrupt import Stopped, StopSignals, exit_now, in_background
+from revjax.training.evaluation import Evaluator
+from revjax.training.interrupt import Stopped, StopSignals, exit_now
 from revjax.training.metrics import MetricsLog
 from revjax.training.optimizer import learning_rate_schedule, make_optimizer
 from revjax.training.pace import MAX_DISPATCH_STEPS, Pace
@@ -83,7 +83,7 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
 
         # -- 3. The data --------------------------------------------------------------------------
 
-        dataset = load(config)
+        [dataset] = stop.wait_for(partial(load, config))
         train_data, test_data = put_on_device(dataset)
 
         # -- 4. Where the run stands --------------------------------------------------------------
@@ -92,7 +92,7 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
         resources.callback(checkpoints.close)
         initial = partial(initial_state, config, optimizer)
         restored = checkpoints.restore_newest(jax.eval_shape(initial), tell)
-        state, step, earlier = restored or (draw(initial), 0, 0.0)
+        state, step, earlier = restored or (*stop.wait_for(partial(draw, initial)), 0, 0.0)
         if restored:
             tell(f"going on from step {step} of {config.steps}, saved in {workdir}.")
         metrics = MetricsLog(workdir, step)
@@ -105,11 +105,11 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
         indices = np.zeros((MAX_DISPATCH_STEPS, config.batch_size), np.int32)
         schedule = learning_rate_schedule(config.optim)
         train_steps = make_train_steps(config, model, optimizer, schedule)
-        eval_batch = make_eval_batch(model, config.batch_size)
+        evaluate = Evaluator(config, model, train_data, test_data)
         tell(f"compiling {config.model.name} for {device_name()}.")
-        train_steps, eval_batch = in_background(
+        train_steps, _ = stop.wait_for(
             train_steps.lower(state, train_data, indices, np.int32(0)).compile,
-            eval_batch.lower(state.params, state.variables, test_data, np.int32(0)).compile,
+            partial(evaluate.compile, state),
         )
 
         # -- 6. The loop --------------------------------------------------------------------------
@@ -149,7 +149,6 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
                 metrics.write(row)
                 progress.row(row)
 
-        resources.enter_context(stop.deferred())
         while True:
             stopping = stop.requested is not None
             testing = is_due(step, config.eval_every, config.steps) and step > tested
@@ -158,7 +157,7 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
                 account(pending)
                 pending = None
             if testing and not stopping:
-                row = evaluate(eval_batch, state, test_data, config.batch_size, stop)
+                row = evaluate(state, stop)
                 if row is None:  # a signal came: save first, evaluate after the next start
                     continue
                 if not np.isfinite(row["loss"]):
@@ -259,10 +258,12 @@ def evaluate_only(
             restored = checkpoints.restore_newest(template, tell)
     if restored is None:
         raise TrainingError(f"{workdir} has no checkpoint to evaluate; train there first.")
-    data = put_on_device(load(config))[1]
-    eval_batch = make_eval_batch(model, config.batch_size)
-    row = evaluate(eval_batch, restored.state, data, config.batch_size, stop)
-    assert row is not None  # outside of the loop a signal raises
+    [dataset] = stop.wait_for(partial(load, config))
+    evaluate = Evaluator(config, model, *put_on_device(dataset))
+    stop.wait_for(partial(evaluate.compile, restored.state))
+    row = evaluate(restored.state, stop)
+    if row is None:
+        raise Stopped(stop.requested)
     print(f"step {restored.step}: test loss {row['loss']:.4f}, accuracy {row['accuracy']:.2%}")
 
 
@@ -280,7 +281,7 @@ def run(argv: Sequence[str]) -> int:
             tell(str(error))
             return 2 if isinstance(error, ConfigError) else 1
         except Stopped:
-            print(f"Stopped by {stop.requested} before a step was made: nothing to save.")
+            print(f"Stopped by {stop.requested}: there was nothing to save.")
             exit_now(0)
     return 0
 

@@ -41,7 +41,7 @@ import revjax
 from revjax.data import Dataset, batch_indices, load_dataset, normalize
 from revjax.training.command_line import parse_arguments
 from revjax.training.config import Config, check_config
-from revjax.training.evaluation import evaluate, make_eval_batch
+from revjax.training.evaluation import Evaluator
 from revjax.training.interrupt import StopSignals
 from revjax.training.optimizer import learning_rate_schedule, make_optimizer
 from revjax.training.state import TrainState, abstract_model, build_model, draw, initial_state
@@ -89,7 +89,7 @@ def train(config: Config, dataset: Dataset, seeds: int) -> tuple[list[Row], Trai
     model, optimizer = abstract_model(config), make_optimizer(config.optim)
     train_data, test_data = put_on_device(dataset)
     train_steps = make_train_steps(config, model, optimizer, learning_rate_schedule(config.optim))
-    eval_batch = make_eval_batch(model, config.batch_size)
+    evaluate = Evaluator(config, model, train_data, test_data)
     rows = []
     for seed in range(seeds):
         state = jax.tree.map(jnp.copy, initial(config, seed))  # the steps donate it
@@ -103,7 +103,7 @@ def train(config: Config, dataset: Dataset, seeds: int) -> tuple[list[Row], Trai
             state, report = train_steps(state, train_data, indices, np.int32(len(steps)))
             if report.failed_step:
                 sys.exit(f"The loss or its gradient is not finite at step {report.failed_step}.")
-        test = evaluate(eval_batch, state, test_data, config.batch_size, StopSignals())
+        test = evaluate(state, StopSignals())
         assert test is not None
         rows.append(
             {

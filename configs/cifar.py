@@ -45,6 +45,7 @@ def recipe(dataset: str, model_name: str) -> ConfigDict:
 
     config.log_every = 100
     config.eval_every = 1_000
+    config.precise_bn_batches = 50  # statistics for an evaluation; 0: the running averages
     config.checkpoint_every = 1_000
     config.keep_checkpoints = 3
     return config

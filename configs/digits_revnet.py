@@ -41,6 +41,7 @@ def get_config() -> ConfigDict:
 
     config.log_every = 50
     config.eval_every = 100
+    config.precise_bn_batches = 0  # evaluate by the running averages
     config.checkpoint_every = 500
     config.keep_checkpoints = 3
     return config

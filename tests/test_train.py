@@ -169,7 +169,7 @@ def test_a_stream_past_its_bound_is_told_once(finished):
 def test_a_finished_run_says_so_without_work(finished, command, monkeypatch, capsys):
     workdir, out, _ = finished
     before = {path: path.stat().st_mtime_ns for path in workdir.glob("[cmst]*")}
-    for work in ("load_dataset", "draw", "in_background", "Checkpoints", "MetricsLog"):
+    for work in ("load_dataset", "draw", "make_train_steps", "Checkpoints", "MetricsLog"):
         monkeypatch.setattr(train, work, None)
     assert train.run(["train.py", f"--config={command.config}", f"--workdir={workdir}"]) == 0
     again = capsys.readouterr().out
@@ -294,7 +294,7 @@ def test_a_signal_before_the_first_step(command, tmp_path):
     process.send_signal(signal.SIGINT)
     code, out, _ = finish(process)
     assert code == 0
-    assert out == "Stopped by SIGINT before a step was made: nothing to save.\n"
+    assert out == "Stopped by SIGINT: there was nothing to save.\n"
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 

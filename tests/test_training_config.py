@@ -36,7 +36,7 @@ def refused(monkeypatch, tmp_path, capsys):
 
     def run(*arguments: str) -> str:
         workdir = tmp_path / "run"
-        for work in ("load_dataset", "initial_state", "in_background", "write_json"):
+        for work in ("load_dataset", "initial_state", "make_train_steps", "write_json"):
             monkeypatch.setattr(train, work, forbidden)
         assert train.run(["train.py", f"--workdir={workdir}", *arguments]) == 2
         out, err = capsys.readouterr()

@@ -1,5 +1,7 @@
 """The compiled training steps: the same bits however they are dispatched, on what is due."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,8 @@ from ml_collections import ConfigDict
 
 from revjax.data import batch_indices, load_dataset, random_crop_flip
 from revjax.training.config import check_config
-from revjax.training.evaluation import make_eval_batch
+from revjax.training.evaluation import Evaluator
+from revjax.training.interrupt import StopSignals
 from revjax.training.optimizer import learning_rate_schedule, make_optimizer
 from revjax.training.state import abstract_model, draw, initial_state
 from revjax.training.step import make_train_steps, put_on_device
@@ -45,6 +48,7 @@ def config():
         "eval_every": 50,
         "checkpoint_every": 50,
         "keep_checkpoints": 1,
+        "precise_bn_batches": 0,
     }
     return check_config(ConfigDict(values))
 
@@ -158,19 +162,50 @@ def test_a_step_that_is_not_finite_is_the_last(train_steps, begin):
 
 def test_evaluation_counts_every_example_once(begin, config, data):
     """A batch size that does not divide the data, against one call on all of it."""
+    config = dataclasses.replace(config, batch_size=100)
     model, state = abstract_model(config), begin()
-    eval_batch = make_eval_batch(model, 100)
-    sums = [
-        eval_batch(state.params, state.variables, data[1], jnp.int32(start))
-        for start in range(0, 360, 100)
-    ]
-    images = data[1].images.astype(jnp.float32) - data[1].mean[None]
-    logits = apply(model.eval_graph, state, images)
-    labels = np.asarray(data[1].labels)
+    assert_evaluates(Evaluator(config, model, *data), state, state)
+
+
+def test_precise_bn_evaluates_by_the_mean_of_batch_statistics(begin, config, data):
+    """Against the statistics of each batch, found from how far they move the running averages."""
+    config = dataclasses.replace(config, batch_size=100, precise_bn_batches=3)
+    model, state = abstract_model(config), begin()
+
+    @jax.jit
+    def statistics(indices):
+        images = data[0].images[indices].astype(jnp.float32) - data[0].mean[None]
+        module = nnx.merge(model.train_graph, state.params, state.variables, copy=True)
+        module(images)
+        moved = nnx.state(module, nnx.BatchStat)
+        old = nnx.filter_state(state.variables, nnx.BatchStat)
+        return jax.tree.map(lambda new, old: (new - 0.99 * old) / 0.01, moved, old)
+
+    batches = [batch_indices(config.seed, step, 100, 1437) for step in range(3)]
+    mean = jax.tree.map(lambda *leaves: sum(leaves) / 3, *map(statistics, batches))
+    precise = state._replace(variables=nnx.merge_state(state.variables, mean))
+    before = jax.device_get(state.variables)
+    evaluate = Evaluator(config, model, *data)
+    assert_evaluates(evaluate, state, precise, rtol=1e-3)
+    chex.assert_trees_all_equal(jax.device_get(state.variables), before)
+    first = evaluate(state, StopSignals())
+    evaluate.compile(state)
+    again = evaluate(state, StopSignals())
+    assert first is not None and again is not None
+    assert (first["loss"], first["accuracy"]) == (again["loss"], again["accuracy"])
+
+
+def assert_evaluates(evaluate, state, evaluated, rtol=1e-5):
+    """The evaluation of a state is that of `evaluated`'s statistics in one batch."""
+    row = evaluate(state, StopSignals())
+    data = evaluate.test
+    images = data.images.astype(jnp.float32) - data.mean[None]
+    logits = apply(evaluate.model.eval_graph, evaluated, images)
+    labels = np.asarray(data.labels)
     log_softmax = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     losses = -log_softmax[np.arange(360), labels]
-    np.testing.assert_allclose(sum(float(loss) for loss, _ in sums), losses.sum(), rtol=1e-5)
-    assert sum(int(correct) for _, correct in sums) == (logits.argmax(axis=-1) == labels).sum()
+    np.testing.assert_allclose(row["loss"], losses.mean(), rtol=rtol)
+    assert row["accuracy"] == (logits.argmax(axis=-1) == labels).mean()
 
 
 def test_only_kernels_decay(config, begin):

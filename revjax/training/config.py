@@ -72,6 +72,7 @@ class Config:
     eval_every: int
     checkpoint_every: int
     keep_checkpoints: int
+    precise_bn_batches: int  # whose statistics an evaluation uses; 0: the running averages
 
 
 def check_config(values: ConfigDict) -> Config:
@@ -120,6 +121,7 @@ def check_config(values: ConfigDict) -> Config:
     # Numbers; a comparison with NaN does not hold.
     for key in ("batch_size", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):
         require(getattr(config, key) > 0, key, "a number above 0")
+    require(config.precise_bn_batches >= 0, "precise_bn_batches", "a number from 0")
     require(0 < config.steps < 2**31, "steps", "a number from 1 to 2^31 - 1")
     require(0 <= config.seed < 2**31, "seed", "a number from 0 to 2^31 - 1")
     require(0 < optim.learning_rate < math.inf, "optim.learning_rate", "a number above 0")

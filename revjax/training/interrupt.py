@@ -4,30 +4,27 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
 from types import FrameType
-from typing import Any, TypeVar
-
-T = TypeVar("T")
+from typing import Any
 
 
-class Stopped(BaseException):
+class Stopped(Exception):
     """A signal asked the run to stop before it had anything to save."""
 
 
 class StopSignals:
     """Turns the first signal into a request; a second one ends the process at once.
 
-    As a context manager it has the two signals' handlers. The request raises `Stopped`, or,
-    inside `with deferred():`, only sets `requested`, for the training loop to answer.
+    As a context manager it has the two signals' handlers. They raise nothing, since an exception
+    may arise in a callback of Python's or JAX's, which would swallow it: whoever works looks at
+    `requested`, between steps or through `wait_for`.
     """
 
     def __init__(self) -> None:
         """Nothing is asked for yet."""
         self.requested: str | None = None  # the signal's name
-        self._deferred = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -41,46 +38,39 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """For code that looks at `requested` itself."""
-        self._deferred = True
-        try:
-            yield
-        finally:
-            self._deferred = False
-
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             os._exit(128 + number)
         self.requested = signal.Signals(number).name
-        if not self._deferred:
-            raise Stopped(self.requested)
 
+    def wait_for(self, *works: Callable[[], Any]) -> list[Any]:
+        """Run each of `works` in a thread of its own, and answer a signal meanwhile.
 
-def in_background(*works: Callable[[], T]) -> list[T]:
-    """Run each of `works` in a thread of its own, so that a signal is answered meanwhile.
+        Loading data or compiling may take minutes, without a moment to look at `requested`.
 
-    Python handles signals between the main thread's instructions, and compiling a program is one
-    instruction that may take minutes. If a signal raises `Stopped`, the threads are left behind:
-    the process must then end by `exit_now`.
+        Returns:
+            What the works return, in their order.
 
-    Returns:
-        What the works return, in their order.
-    """
-    futures: list[Future[T]] = [Future() for _ in works]
+        Raises:
+            Stopped: if a signal comes, or came before. The threads are then left behind, and the
+                process must end by `exit_now`.
+        """
+        futures: list[Future[Any]] = [Future() for _ in works]
 
-    def run(work: Callable[[], T], future: Future[T]) -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
+        def run(work: Callable[[], Any], future: Future[Any]) -> None:
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
 
-    for work, future in zip(works, futures, strict=True):
-        threading.Thread(target=run, args=(work, future), daemon=True).start()
-    while wait(futures, timeout=0.1).not_done:
-        pass
-    return [future.result() for future in futures]
+        for work, future in zip(works, futures, strict=True):
+            threading.Thread(target=run, args=(work, future), daemon=True).start()
+        while True:
+            waiting = wait(futures, timeout=0.1).not_done
+            if self.requested:
+                raise Stopped(self.requested)
+            if not waiting:
+                return [future.result() for future in futures]
 
 
 def exit_now(code: int) -> None:

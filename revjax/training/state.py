@@ -45,6 +45,7 @@ class Abstract(NamedTuple):
 
     train_graph: Any  # nnx.GraphDef of model.train()
     eval_graph: Any  # nnx.GraphDef of model.eval()
+    statistics_graph: Any  # as train_graph, but a call leaves its batch's statistics alone
     num_parameters: int
     has_stream: bool  # whether the model reports its largest |stream|
 
@@ -87,9 +88,15 @@ def abstract_model(config: Config) -> Abstract:
     model.train()
     train_graph, params, variables = nnx.split(model, nnx.Param, ...)
     model.eval()
+    eval_graph = nnx.graphdef(model)
+    model.train()
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.BatchNorm):
+            module.momentum = 0.0  # averages become those of the last batch
     return Abstract(
         train_graph=train_graph,
-        eval_graph=nnx.graphdef(model),
+        eval_graph=eval_graph,
+        statistics_graph=nnx.graphdef(model),
         num_parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
         has_stream=bool(jax.tree.leaves(nnx.filter_state(variables, StreamPeak))),
     )

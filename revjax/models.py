@@ -1,5 +1,6 @@
 """The networks by name: those of the RevNet paper (Gomez et al. 2017, table 1), and one's own."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -105,7 +106,8 @@ def create_model(
                 f'"{name}" needs units and filters, such as units=(3, 3, 3) and '
                 "filters=(32, 32, 64, 128); or name one of " + ", ".join(list_models())
             )
-        architecture = Architecture(tuple(units), tuple(filters), bool(bottleneck))
+        units, filters = _integers("units", units, name), _integers("filters", filters, name)
+        architecture = Architecture(units, filters, bool(bottleneck))
     else:
         raise ValueError(
             f"There is no model {name!r}: name one of {', '.join(list_models())}, or "
@@ -121,7 +123,9 @@ def create_model(
             f"{', '.join(ways)}."
         )
     dtype = _known_dtype(dtype)
-    _check(name, architecture, num_classes, in_channels, halves=reversible)
+    [num_classes] = _integers("num_classes", [num_classes], name)
+    [in_channels] = _integers("in_channels", [in_channels], name)
+    _check(name, architecture, halves=reversible)
     options: dict[str, Any] = dict(
         in_channels=in_channels,
         bottleneck=architecture.bottleneck,
@@ -168,13 +172,20 @@ def _known_dtype(dtype):
     return known
 
 
-def _check(name, architecture, num_classes, in_channels, *, halves):
-    """Raise a ValueError that names the first number that no network can have."""
+def _integers(key, values, name):
+    """`values` as a tuple of positive ints, or a ValueError that names them; NumPy's will do."""
+    try:
+        integers = tuple(operator.index(value) for value in values)
+        if integers and min(integers) > 0 and not any(isinstance(v, bool) for v in values):
+            return integers
+    except TypeError:  # no sequence, or not of integers
+        pass
+    raise ValueError(f"{key}={values} of {name}: give positive integers.")
+
+
+def _check(name, architecture, *, halves):
+    """Raise a ValueError that names the first width that no network can have."""
     units, filters, bottleneck, _ = architecture
-    numbers = {"num_classes": [num_classes], "in_channels": [in_channels]}
-    for key, values in {**numbers, "units": units, "filters": filters}.items():
-        if not values or not all(isinstance(v, int) and v > 0 for v in values):
-            raise ValueError(f"{key}={values} of {name}: give positive integers.")
     if len(filters) != len(units) + 1:
         raise ValueError(
             f"filters={filters} and units={units} of {name}: give one width more than stages, the "

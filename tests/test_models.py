@@ -571,6 +571,8 @@ OWN = dict(units=(2,), filters=(8, 8))
             r"units=\(0,\) of revnet: give pos",
         ),
         ("revnet", dict(units=(), filters=(8,)), ValueError, r"units=\(\) of revnet: give pos"),
+        ("revnet", dict(units=5, filters=(8, 8)), ValueError, "units=5 of revnet: give pos"),
+        ("revnet", dict(units=(True,), filters=(8, 8)), ValueError, r"units=\(True,\) of revnet"),
         ("revnet", dict(units=(2,), filters=(8, -8)), ValueError, r"filters=\(8, -8\).* positive"),
         ("revnet", dict(units=(2.0,), filters=(8, 8)), ValueError, r"units=\(2.0,\)"),
         ("revnet38", dict(num_classes=0), ValueError, r"num_classes=\[0\] of revnet38: give pos"),

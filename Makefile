@@ -8,6 +8,8 @@
 
 VENV := .venv$(if $(PYTHON),-$(notdir $(PYTHON)))
 RUN := $(VENV)/bin/python
+# Tests run side by side; ARGS="-n 0" runs them in one process, for a debugger.
+PYTEST := $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadgroup
 CORE := tests/test_coupling.py tests/test_reversible.py tests/test_conv.py tests/test_models.py
 
 .PHONY: help train test test-core lint format clean interpreter
@@ -20,11 +22,11 @@ train: $(VENV)/train.stamp
 	$(RUN) train.py --config configs/digits_revnet.py $(ARGS)
 
 test: $(VENV)/test.stamp
-	$(RUN) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 # The tests of the rule and the networks alone: what a further version of JAX has to pass.
 test-core: $(VENV)/test.stamp
-	$(RUN) -m pytest $(CORE) $(ARGS)
+	$(PYTEST) $(CORE) $(ARGS)
 
 lint: $(VENV)/test.stamp
 	$(RUN) -m ruff check

@@ -50,7 +50,7 @@ from revjax.training.progress import Progress
 from revjax.training.state import Abstract, abstract_model, draw, initial_state
 from revjax.training.step import Report, make_train_steps, put_on_device
 from revjax.training.summary import device_name, summary_table, versions
-from revjax.training.workdir import check_same_config, lock_workdir, write_json
+from revjax.training.workdir import FREE_KEYS, check_same_config, lock_workdir, write_json
 
 
 def main(argv: Sequence[str], stop: StopSignals) -> None:
@@ -83,7 +83,8 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
 
         # -- 3. The data --------------------------------------------------------------------------
 
-        [dataset] = stop.wait_for(partial(load, config))
+        with stop.raising():  # half-prepared data are removed on the way out
+            dataset = load(config)
         train_data, test_data = put_on_device(dataset)
 
         # -- 4. Where the run stands --------------------------------------------------------------
@@ -127,7 +128,9 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
             pace.finished(dispatch.num_steps)
             progress.advance(dispatch.num_steps)
             if report.failed_step:
-                raise TrainingError(not_finite("loss or gradient", int(report.failed_step), saved))
+                raise TrainingError(
+                    not_finite("loss, gradient or update", int(report.failed_step), saved)
+                )
             if bound is not None and report.run_peak > bound >= peak:
                 progress.say(
                     f"at step {dispatch.step} the stream has reached {report.run_peak:.4g}, past "
@@ -249,7 +252,7 @@ def evaluate_only(
     config: Config, values: dict[str, Any], workdir: Path, model: Abstract, stop: StopSignals
 ) -> None:
     """Print the test loss and accuracy of the newest checkpoint; write nothing."""
-    check_same_config(workdir, values)
+    check_same_config(workdir, values, free=(*FREE_KEYS, "precise_bn_batches"))
     restored = None
     if (workdir / "checkpoints").is_dir():
         checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
@@ -258,7 +261,8 @@ def evaluate_only(
             restored = checkpoints.restore_newest(template, tell)
     if restored is None:
         raise TrainingError(f"{workdir} has no checkpoint to evaluate; train there first.")
-    [dataset] = stop.wait_for(partial(load, config))
+    with stop.raising():
+        dataset = load(config)
     evaluate = Evaluator(config, model, *put_on_device(dataset))
     stop.wait_for(partial(evaluate.compile, restored.state))
     row = evaluate(restored.state, stop)

@@ -1,6 +1,7 @@
 """What the residual functions of a chain are given and must return, checked while tracing."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +26,21 @@ class _Short:
         return f"{self.leaf.dtype}[{','.join(map(str, self.leaf.shape))}]"
 
 
-def check_pair(name: str, pair: PyTree) -> None:
-    """Raise a TypeError unless `pair` is a tuple or list of two."""
+def check_pair(name: str, pair: PyTree, hint: str = "") -> PyTree:
+    """Return `pair`, or raise a TypeError, with a hint, unless it is a tuple or list of two."""
     if not (isinstance(pair, tuple | list) and len(pair) == 2):
-        raise TypeError(f"{name} must be a pair, one entry a half, got {describe(pair)}.")
+        sentence = f"{name} must be a pair, one entry a half, got {describe(pair)}."
+        raise TypeError(f"{sentence} {hint}".rstrip())
+    return pair
+
+
+def check_coupling(coupling: Any) -> Coupling:
+    """Return `coupling`, or raise a TypeError if it is none."""
+    if not isinstance(coupling, Coupling):
+        raise TypeError(
+            f"coupling={coupling!r}: give revjax.additive, revjax.affine or a revjax.Coupling."
+        )
+    return coupling
 
 
 def chain_depth(params: PyTree, xs: PyTree) -> int | None:
@@ -40,9 +52,12 @@ def chain_depth(params: PyTree, xs: PyTree) -> int | None:
     """
     if isinstance(params, list):
         if xs is not None and not (isinstance(xs, list) and len(xs) == len(params)):
-            raise ValueError(f"params is a list of {len(params)} blocks: xs must be one too.")
+            raise ValueError(
+                f"params is a list of {len(params)} blocks: xs must be one too, got {describe(xs)}."
+            )
         for i, pair in enumerate(params):
-            check_pair(f"params[{i}]", pair)
+            hint = "A list holds one pair a block; stacked parameters are a tuple, (f's, g's)."
+            check_pair(f"params[{i}]", pair, hint)
         return None
     check_pair("params", params)
     leaves = jax.tree.leaves((params, xs))

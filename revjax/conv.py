@@ -10,12 +10,14 @@ A primitive and not a `jax.custom_vjp`, so that forward mode, and so `jvp` of `g
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import AxisType
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -33,6 +35,7 @@ def conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
 
     Raises:
         TypeError: ranks, channels or dtypes do not fit.
+        ValueError: the stride is not positive.
 
     Example:
         >>> conv(jnp.ones((1, 8, 8, 3)), jnp.ones((3, 3, 3, 5)), stride=2).shape
@@ -41,12 +44,27 @@ def conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
     if jnp.ndim(x) != 4 or jnp.ndim(kernel) != 4 or x.shape[3] != kernel.shape[2]:
         raise TypeError(
             f"conv takes x [B, H, W, C_in] and kernel [height, width, C_in, C_out], got "
-            f"{jnp.shape(x)} and {jnp.shape(kernel)}."
+            f"{jnp.shape(x)} and {jnp.shape(kernel)}: reshape, or make a kernel for those channels."
         )
-    if x.dtype != kernel.dtype:
-        raise TypeError(f"conv takes one dtype, got x {x.dtype} and kernel {kernel.dtype}.")
+    if x.dtype != kernel.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"conv takes one floating dtype, got x {x.dtype} and kernel {kernel.dtype}: cast one."
+        )
+    if stride < 1:
+        raise ValueError(f"conv got stride={stride}: give 1 or more.")
     padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], (stride, stride), "SAME")
-    return _conv_p.bind(x, kernel, stride=stride, padding=tuple(padding))
+    options: Any = dict(stride=stride, padding=tuple(padding))
+    mesh = jax.typeof(x).sharding.mesh
+    if AxisType.Explicit in mesh.axis_types:  # JAX's own gradients know their shardings
+        return _conv(x, kernel, **options)
+    # Under shard_map both operands, and so the transposes, vary over the same axes.
+    x, kernel = _vary_as(kernel, x), _vary_as(x, kernel)
+    return _conv_p.bind(x, kernel, **options)
+
+
+def _vary_as(other, x):
+    axes = jax.typeof(other).mat.varying - jax.typeof(x).mat.varying
+    return lax.pcast(x, tuple(axes), to="varying") if axes else x
 
 
 def _conv(x, kernel, *, stride, padding):

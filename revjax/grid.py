@@ -10,6 +10,7 @@ the errors of the plain float coupling, so the range is worth watching: `rev_cha
 largest |stream| and its bound to the function given as `range_check`.
 """
 
+import operator
 from typing import Any, Literal
 
 import jax
@@ -29,20 +30,32 @@ def round_to_grid(tree: PyTree, grid_bits: int | None) -> PyTree:
     The derivative is the identity (straight-through), in both modes. Other leaves, and all leaves
     where `grid_bits` is None, are returned as they are.
 
+    Args:
+        tree: any pytree, its floating leaves float32 or float64.
+        grid_bits: k, from 0 to the bits of their significand (23 or 52); None does not round.
+
+    Raises:
+        TypeError, ValueError: the leaves' dtype cannot hold such a grid.
+
     Example:
         >>> print(round_to_grid(jnp.float32(0.3), 2))
         0.25
     """
-    if grid_bits is None:
+    bits = resolve_grid_bits(grid_bits, DEFAULT_GRID_BITS, tree)
+    if bits is None:
         return tree
 
     def round_leaf(x):
         if not is_inexact(x):
             return x
-        scale = jnp.asarray(2.0**grid_bits, x.dtype)
-        # The difference is exact, and so is its sum with x. Not a custom_jvp: jax 0.10 gets the
-        # second derivative of one wrong inside scan.
-        return x + jax.lax.stop_gradient(jnp.round(x * scale) / scale - x)
+        x = jnp.asarray(x)
+        scale = jnp.asarray(2.0**bits, x.dtype)
+        # Beyond, every number is on the grid, and infinities stay what they are.
+        fine = jnp.abs(x) < 2.0 ** (jnp.finfo(x.dtype).nmant - bits)
+        rounding = jnp.where(fine, jnp.round(x * scale) / scale - x, jnp.zeros_like(x))
+        # Exact, as a sum and as a difference. Not a custom_jvp: jax 0.10 gets the second derivative
+        # of one wrong inside scan.
+        return x + jax.lax.stop_gradient(rounding)
 
     return jax.tree.map(round_leaf, tree)
 
@@ -59,7 +72,11 @@ def resolve_grid_bits(grid_bits: GridBits, default: int | None, stream: PyTree) 
         return None
     if grid_bits == "default":
         grid_bits = default
-    if isinstance(grid_bits, bool) or not isinstance(grid_bits, int):
+    try:
+        bits = operator.index(grid_bits)  # NumPy's integers too
+    except TypeError:
+        bits = None
+    if bits is None or isinstance(grid_bits, bool):
         raise TypeError(f'grid_bits={grid_bits!r}: give an integer, None or "default".')
     if default is None:
         raise ValueError(
@@ -73,12 +90,12 @@ def resolve_grid_bits(grid_bits: GridBits, default: int | None, stream: PyTree) 
                 f"may compute in {dtype} and cast their result), or pass grid_bits=None for the "
                 "plain float coupling, whose gradient error grows with depth."
             )
-        if not 0 <= grid_bits <= jnp.finfo(dtype).nmant:
+        if not 0 <= bits <= jnp.finfo(dtype).nmant:
             raise ValueError(
                 f"grid_bits={grid_bits}: give an integer from 0 to {jnp.finfo(dtype).nmant} for a "
                 f"{dtype} stream, or None for the plain float coupling."
             )
-    return grid_bits
+    return bits
 
 
 def stream_bound(grid_bits: int | None, dtype: Any = jnp.float32) -> float:
@@ -120,14 +137,26 @@ _OUT_OF_RANGE = (
 
 
 def warn_out_of_range(peak: jax.Array, bound: float) -> None:
-    """A `range_check` that prints a sentence when |stream| passes its bound; works under jit."""
+    """A `range_check` that prints a sentence when |stream| passes its bound; works under jit.
 
-    def warn():
-        jax.debug.print(_OUT_OF_RANGE, peak=peak, bound=jnp.float32(bound))
+    Example:
+        >>> warn_out_of_range(jnp.float32(1000), stream_bound(14))  # within: silent
+    """
 
-    jax.lax.cond(peak <= bound, lambda: None, warn)  # NaN warns too
+    def warn(peak):
+        if not peak <= bound:  # NaN warns too
+            print(_OUT_OF_RANGE.format(peak=peak, bound=bound), flush=True)
+
+    jax.debug.callback(warn, peak)  # not lax.cond, both of whose branches run under vmap
 
 
 def check_in_range(peak: jax.Array, bound: float) -> None:
-    """A `range_check` that is a `checkify.check`: the caller is wrapped in `checkify.checkify`."""
+    """A `range_check` that is a `checkify.check`: the caller is wrapped in `checkify.checkify`.
+
+    Example:
+        >>> from jax.experimental.checkify import checkify
+        >>> error, _ = checkify(check_in_range)(jnp.float32(2000), stream_bound(14))
+        >>> "The stream reached 2000" in error.get()
+        True
+    """
     checkify.check(peak <= bound, _OUT_OF_RANGE, peak=peak, bound=jnp.float32(bound))

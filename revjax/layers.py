@@ -20,7 +20,7 @@ def stream_dtype(dtype: Any) -> Any:
 
     float32, or float64 where that is asked for: a narrower stream could not hold the grid.
     """
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
 
 
 class Conv(nnx.Module):

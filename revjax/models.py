@@ -1,6 +1,5 @@
 """The networks by name: those of the RevNet paper (Gomez et al. 2017, table 1), and one's own."""
 
-import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,8 +17,8 @@ from revjax.revnet import RevNet
 class Architecture(NamedTuple):
     """Units of each stage, channels of stem and stages: see `ResNet` and `RevNet`."""
 
-    units: tuple[int, ...]
-    filters: tuple[int, ...]
+    units: Sequence[int]
+    filters: Sequence[int]
     bottleneck: bool = False
     large_images: bool = False
 
@@ -85,6 +84,7 @@ def create_model(
 
     Raises:
         ValueError: no such model, or an argument that is impossible for it.
+        TypeError: rngs or grid_bits is nothing of the kind.
 
     Example:
         >>> model = create_model("revnet38", 10, rngs=nnx.Rngs(0))
@@ -106,33 +106,24 @@ def create_model(
                 f'"{name}" needs units and filters, such as units=(3, 3, 3) and '
                 "filters=(32, 32, 64, 128); or name one of " + ", ".join(list_models())
             )
-        units, filters = _integers("units", units, name), _integers("filters", filters, name)
         architecture = Architecture(units, filters, bool(bottleneck))
     else:
         raise ValueError(
             f"There is no model {name!r}: name one of {', '.join(list_models())}, or "
             '"resnet" or "revnet" with units and filters.'
         )
-    reversible = name.startswith("revnet")
-    if backward is None:
-        backward = "reversible" if reversible else "store"
-    ways = ["reversible", "remat", "store"] if reversible else ["remat", "store"]
-    if backward not in ways:
-        raise ValueError(
-            f"backward={backward!r} is not a way to differentiate {name}: give one of "
-            f"{', '.join(ways)}."
-        )
+    if not isinstance(rngs, nnx.Rngs):
+        raise TypeError(f"rngs={rngs!r}: give nnx.Rngs(seed).")
     dtype = _known_dtype(dtype)
-    [num_classes] = _integers("num_classes", [num_classes], name)
-    [in_channels] = _integers("in_channels", [in_channels], name)
-    _check(name, architecture, halves=reversible)
     options: dict[str, Any] = dict(
         in_channels=in_channels,
         bottleneck=architecture.bottleneck,
         large_images=architecture.large_images,
-        backward=backward,
         dtype=dtype,
     )
+    if backward is not None:
+        options["backward"] = backward
+    reversible = name.startswith("revnet")
     if reversible:
         stream = jnp.zeros((), stream_dtype(dtype))
         options["grid_bits"] = resolve_grid_bits(grid_bits, DEFAULT_GRID_BITS, stream)
@@ -152,7 +143,7 @@ def _initialise(make, key):
     Operation by operation it would be dozens of programs, and optimised it would take longer to
     compile than a small network takes to learn.
     """
-    if isinstance(key, Tracer):
+    if isinstance(key, Tracer) or jax.config.jax_disable_jit:
         return make(key)
     init = jax.jit(lambda key: nnx.split(make(key)))
     options: Any = {"xla_backend_optimization_level": 0}
@@ -170,36 +161,3 @@ def _known_dtype(dtype):
     if known.name == "float64" and not jax.config.read("jax_enable_x64"):
         raise ValueError('dtype=float64 needs jax.config.update("jax_enable_x64", True) first.')
     return known
-
-
-def _integers(key, values, name):
-    """`values` as a tuple of positive ints, or a ValueError that names them; NumPy's will do."""
-    try:
-        integers = tuple(operator.index(value) for value in values)
-        if integers and min(integers) > 0 and not any(isinstance(v, bool) for v in values):
-            return integers
-    except TypeError:  # no sequence, or not of integers
-        pass
-    raise ValueError(f"{key}={values} of {name}: give positive integers.")
-
-
-def _check(name, architecture, *, halves):
-    """Raise a ValueError that names the first width that no network can have."""
-    units, filters, bottleneck, _ = architecture
-    if len(filters) != len(units) + 1:
-        raise ValueError(
-            f"filters={filters} and units={units} of {name}: give one width more than stages, the "
-            "first for the stem."
-        )
-    widths = [filters[0], *(4 * width if bottleneck else width for width in filters[1:])]
-    if halves and any(width % 2 for width in widths):
-        raise ValueError(
-            f"filters={filters} of {name}: channels must be even, to be split into two halves."
-        )
-    if bottleneck and halves and any(width % 2 for width in filters[1:]):
-        raise ValueError(f"filters={filters} of {name}: a bottleneck takes a quarter of each half.")
-    if not bottleneck and sorted(filters) != list(filters):
-        raise ValueError(
-            f"filters={filters} of {name}: channels must not decrease, since shortcuts without "
-            "parameters can only add channels."
-        )

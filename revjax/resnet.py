@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from revjax.architecture import check_architecture, check_images, integer
 from revjax.layers import Head, Stem, call_checkpointed, pure, stack
 from revjax.residual import Residual, shortcut
 
@@ -87,6 +88,11 @@ class ResNet(nnx.Module):
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        units, filters = check_architecture(
+            units, filters, bottleneck=bottleneck, backward=backward, ways=("store", "remat")
+        )
+        num_classes = integer("num_classes", num_classes)
+        self.in_channels = in_channels = integer("in_channels", in_channels)
         kind = dict(dtype=dtype, rngs=rngs)
         self.stem = Stem(in_channels, filters[0], large_images=large_images, **kind)
         width, stages = filters[0], []
@@ -110,6 +116,7 @@ class ResNet(nnx.Module):
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """`[B, H, W, in_channels] -> [B, num_classes]`, in the dtype of the stream."""
+        check_images(images, self.in_channels)
         x = self.stem(images)
         for stage in self.stages:
             x = stage(x)

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 import jax
 import jax.numpy as jnp
 
-from revjax.contract import chain_depth, check_pair, residual_function
+from revjax.contract import chain_depth, check_coupling, check_pair, residual_function
 from revjax.coupling import Coupling, additive
 from revjax.grid import GridBits, resolve_grid_bits, round_to_grid, stream_bound, stream_peak
 from revjax.trees import PyTree, add, hoist_closure, is_inexact, merge, partition, vjp
@@ -49,8 +49,8 @@ def rev_block_apply(
         **options: coupling, grid_bits, has_aux, as `rev_chain_apply` has them.
 
     Returns:
-        `y = (y1, y2)`, of x's structure, shapes and dtypes; with has_aux, `(y, (aux_f, aux_g))`.
-        Raises what `rev_chain_apply` raises.
+        `y = (y1, y2)`, each like its half of x; with has_aux, `(y, (aux_f, aux_g))`. Raises what
+        `rev_chain_apply` raises.
 
     Example:
         >>> def dense(w, x): return jnp.tanh(x @ w)
@@ -59,7 +59,7 @@ def rev_block_apply(
         >>> print(rev_block_inverse(dense, dense, params, y)[0][0])
         [1. 1. 1.]
     """
-    out = rev_chain_apply(f, g, [params], x, *args, **options)
+    out = rev_chain_apply(f, g, [check_pair("params", params)], x, *args, **options)
     return (out[0], out[1][0]) if options.get("has_aux") else out
 
 
@@ -67,7 +67,7 @@ def rev_block_inverse(
     f: Callable, g: Callable, params: Pair, y: Pair, *args: PyTree, **options: Unpack[BlockOptions]
 ) -> Pair:
     """Recover x from `y = rev_block_apply(f, g, params, x, *args)`, as `rev_chain_inverse` does."""
-    return rev_chain_inverse(f, g, [params], y, *args, **options)
+    return rev_chain_inverse(f, g, [check_pair("params", params)], y, *args, **options)
 
 
 def rev_chain_apply(
@@ -95,9 +95,10 @@ def rev_chain_apply(
             given, the block's entry of it comes last: `f(params_f, x2, *args, xs_i)`.
         g: `(params_g, y1, *args) -> residual` like x2, in the same way.
         params: `(params_f, params_g)`, every leaf `[depth, ...]`, run by `lax.scan`; or a list of
-            such pairs without that axis, for blocks that differ, run by a Python loop.
+            such pairs without that axis, for blocks that differ, run by a Python loop: XLA:CPU
+            then takes memory for each block, though less than stored activations do.
         x: `(x1, x2)`, the two halves of the stream, any pytrees.
-        *args: further inputs of every f and g, any pytrees.
+        *args: further inputs of every f and g, any pytrees; bind static ones by functools.partial.
         xs: inputs that differ by block (keys, gates, statistics), any pytree with every leaf
             `[depth, ...]`; where params is a list, a list with an entry a block.
         coupling: how a residual joins the stream: `revjax.additive` or `revjax.affine`.
@@ -114,8 +115,8 @@ def rev_chain_apply(
             and its bound: `warn_out_of_range`, `check_in_range`, or your own. None costs nothing.
 
     Returns:
-        `y = (y1, y2)`, of x's structure, shapes and dtypes; with has_aux, `(y, (aux_f, aux_g))`,
-        their leaves `[depth, ...]`, or `(y, [(aux_f, aux_g), ...])` where params is a list.
+        `y = (y1, y2)`, each like its half of x; with has_aux, `(y, (aux_f, aux_g))`, with leaves
+        `[depth, ...]`, or `(y, [(aux_f, aux_g), ...])` where params is a list.
 
     Raises:
         TypeError: a pair is not one, a residual differs from what is due in structure, shape or
@@ -125,8 +126,9 @@ def rev_chain_apply(
     Example:
         >>> def dense(w, x): return jnp.tanh(x @ w)
         >>> w, x = jnp.zeros((100, 3, 3)), (jnp.ones((2, 3)), jnp.ones((2, 3)))  # 100 blocks
-        >>> rev_chain_apply(dense, dense, (w, w), x)[0].shape
-        (2, 3)
+        >>> y = rev_chain_apply(dense, dense, (w, w), x)
+        >>> print(rev_chain_inverse(dense, dense, (w, w), y)[0][0])
+        [1. 1. 1.]
     """
     if backward not in ("reversible", "remat", "store"):
         raise ValueError(f'backward={backward!r}: give "reversible", "remat" or "store".')
@@ -233,13 +235,12 @@ def _undo(h, coupling, y, dy, dhalf, params, half, *operands):
     return x, dx, h_vjp((dresidual, dhalf))
 
 
-# The chain: segments, each a scan over stacked blocks or a single block; and, as what is traced
-# stands apart, their operands `(params, xs, shared)`. --------------------------------------------
+# The chain: segments; and apart, as they are traced, their operands `(params, xs, shared)` ------
 
 
 class _Segment(NamedTuple):
     block: _Block
-    depth: int | None  # None: a single block, whose operands have no leading axis
+    depth: int | None  # of a scan; None: a single block, whose operands have no leading axis
 
 
 def _run(step, carry, segment, params, xs, unroll, reverse=False):
@@ -319,8 +320,7 @@ def _close(segment, operands, x):
 
 def _prepare(f, g, params, x, args, xs, coupling, grid_bits, has_aux):
     """Check the inputs, put x on the grid, and lay the chain out as segments and operands."""
-    check_pair("x", x)
-    bits = resolve_grid_bits(grid_bits, coupling.grid_bits, x)
+    bits = resolve_grid_bits(grid_bits, check_coupling(coupling).grid_bits, check_pair("x", x))
     x1, x2 = x = round_to_grid(jax.tree.map(jnp.asarray, tuple(x)), bits)
     depth = chain_depth(params, xs)
     has_xs = xs is not None

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from revjax.architecture import check_architecture, check_images, integer
 from revjax.grid import DEFAULT_GRID_BITS
 from revjax.layers import Head, Stem, call_checkpointed, pure, stack
 from revjax.residual import Residual, shortcut
@@ -196,6 +197,16 @@ class RevNet(nnx.Module):
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        units, filters = check_architecture(
+            units,
+            filters,
+            bottleneck=bottleneck,
+            backward=backward,
+            ways=("reversible", "remat", "store"),
+            halves=True,
+        )
+        num_classes = integer("num_classes", num_classes)
+        self.in_channels = in_channels = integer("in_channels", in_channels)
         self.stem = Stem(in_channels, filters[0], large_images=large_images, dtype=dtype, rngs=rngs)
         width, stages = filters[0], []
         for i, (depth, listed) in enumerate(zip(units, filters[1:], strict=True)):
@@ -219,6 +230,7 @@ class RevNet(nnx.Module):
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """`[B, H, W, in_channels] -> [B, num_classes]`, in the dtype of the stream."""
+        check_images(images, self.in_channels)
         x = self.stem(images)
         x1, x2 = jnp.split(x, 2, axis=-1)
         for stage in self.stages:

@@ -71,12 +71,14 @@ def hoist_closure(fun: Callable, *operands: PyTree) -> tuple[Callable, list[Any]
     is_traced = [isinstance(const, Tracer) for const in jaxpr.consts]
     fixed = [None if t else c for c, t in zip(jaxpr.consts, is_traced, strict=True)]
     captured = [c for c, t in zip(jaxpr.consts, is_traced, strict=True) if t]
+    # From jax 0.12 on a jaxpr holds its consts, and would keep the enclosing trace alive.
+    body: Any = jaxpr.with_consts(fixed) if hasattr(jaxpr, "with_consts") else jaxpr.jaxpr
 
     def closed(*operands_and_captured):
         *operands, captured = operands_and_captured
         traced = iter(captured)
         consts = [next(traced) if t else c for c, t in zip(fixed, is_traced, strict=True)]
-        leaves = eval_jaxpr(jaxpr.jaxpr, consts, *jax.tree.leaves(operands))
+        leaves = eval_jaxpr(body, consts, *jax.tree.leaves(operands))
         return jax.tree.unflatten(out_structure, leaves)
 
     return closed, captured

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from revjax.conv import conv
 
@@ -219,5 +221,34 @@ def test_shapes_that_do_not_fit(x, kernel):
 
 
 def test_dtypes_that_differ():
-    with pytest.raises(TypeError, match="one dtype, got x float32 and kernel bfloat16"):
+    with pytest.raises(
+        TypeError, match="one floating dtype, got x float32 and kernel bfloat16: cast"
+    ):
         conv(jnp.zeros((2, 6, 6, 3)), jnp.zeros((3, 3, 3, 4), jnp.bfloat16))
+    with pytest.raises(TypeError, match="one floating dtype, got x int32 and kernel int32"):
+        conv(jnp.zeros((2, 6, 6, 3), jnp.int32), jnp.zeros((3, 3, 3, 4), jnp.int32))
+
+
+def test_a_stride_of_zero():
+    with pytest.raises(ValueError, match="stride=0: give 1 or more"):
+        conv(jnp.zeros((2, 6, 6, 3)), jnp.zeros((3, 3, 3, 4)), stride=0)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_on_a_mesh(axis_type):
+    """The batch sharded, the kernel replicated: by the compiler, and by shard_map."""
+    x, kernel = draw(5, (4, 6, 6, 2), (3, 3, 2, 3), dtype=np.float32)
+    due = jax.grad(loss_of(lax_conv, 1), (0, 1))(x, kernel)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(axis_type,))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(x, NamedSharding(mesh, P("data")))
+        replicated = jax.device_put(kernel, NamedSharding(mesh, P()))
+        got = jax.jit(jax.grad(loss_of(conv, 1), (0, 1)))(sharded, replicated)
+    chex.assert_trees_all_close(jax.device_get(got), due, rtol=1e-4, atol=1e-4)
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=(P("data"), P()), out_specs=P())
+    def loss(x, kernel):
+        return lax.psum(loss_of(conv, 1)(x, kernel), "data")
+
+    got = jax.jit(jax.grad(loss, (0, 1)))(sharded, replicated)
+    chex.assert_trees_all_close(jax.device_get(got), due, rtol=1e-4, atol=1e-4)

@@ -41,13 +41,29 @@ def test_additive_off_the_grid_is_not_exact():
 
 
 def test_the_grid_is_exact_up_to_its_bound_and_not_beyond():
-    bits, bound = 20, revjax.stream_bound(20)
-    step = jnp.float32(2.0**-bits)
-    x, r = jnp.float32(bound / 2), jnp.float32(bound / 2) - step
-    assert float((x + r) - r) == float(x) and float(x + r) == bound - 2.0**-bits
-    beyond, odd = jnp.float32(bound), step
-    assert float((beyond + odd) - odd) != float(beyond) or float(beyond + odd) == float(beyond)
-    assert float(beyond + odd) == float(beyond)  # the residual is lost
+    bound, r = revjax.stream_bound(20), jnp.float32(2.0**-20)  # the smallest residual
+    for x, exact in ((jnp.float32(bound) - r, True), (jnp.float32(bound), False)):
+        y = revjax.additive.combine(x, r)
+        assert (y != x) == exact  # beyond, the residual is lost
+        assert float(y) == bound
+        assert (revjax.additive.separate(y, r) == x) == exact
+
+
+@pytest.mark.parametrize("bits", [0, 14, 23])
+def test_rounding_is_that_of_float64_at_any_magnitude(bits):
+    x = np.concatenate([s * np.logspace(-6, 38, 200) for s in (-1, 1)]).astype(np.float32)
+    x = np.append(x, np.float32([0, np.inf, -np.inf]))
+    due = np.round(x.astype(np.float64) * 2.0**bits) / 2.0**bits
+    np.testing.assert_array_equal(jax.jit(revjax.round_to_grid, static_argnums=1)(x, bits), due)
+    assert float(revjax.round_to_grid(0.3, 2)) == 0.25  # a Python number
+
+
+def test_rounding_refuses_what_cannot_hold_the_grid():
+    for dtype in (jnp.float16, jnp.bfloat16):
+        with pytest.raises(TypeError, match=f"{jnp.dtype(dtype)}, which cannot hold a grid"):
+            revjax.round_to_grid(jnp.ones(3, dtype), 14)
+    with pytest.raises(ValueError, match="grid_bits=24: give an integer from 0 to 23"):
+        revjax.round_to_grid(jnp.ones(3), 24)
 
 
 @pytest.mark.parametrize("dtype,bound", [(jnp.float32, 2.0**10), (jnp.float64, 2.0**39)])

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import types
 import urllib.error
@@ -74,7 +75,11 @@ class Archive:
         """What to put in the place of the real distribution's checksums and sizes."""
         md5 = {
             split: {file: hashlib.md5(self.files[file]).hexdigest() for file in files}
-            for split, files in (("train", self.official.train), ("test", self.official.test))
+            for split, files in (
+                ("train", self.official.train),
+                ("test", self.official.test),
+                ("names_md5", self.official.names_md5),
+            )
         }
         sizes = len(self.images["train"]), len(self.images["test"])
         info = ((32, 32, 3), self.classes["label"], *sizes)
@@ -324,9 +329,9 @@ def test_a_source_that_lacks_a_file(archive, data_dir):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_one_byte_of_a_file_is_wrong(archive, data_dir, packed):
-    for file in [*archive.official.train, *archive.official.test]:
+    for file in archive.official.files:
         content = bytearray(archive.files[file])
-        content[1234] ^= 1
+        content[len(content) // 2] ^= 1
         (archive.folder / file).write_bytes(content)
         place = archive.pack(archive.tar) if packed else archive.folder
         message = refused(archive, data_dir, place)
@@ -334,13 +339,13 @@ def test_one_byte_of_a_file_is_wrong(archive, data_dir, packed):
         (archive.folder / file).write_bytes(archive.files[file])
 
 
-def test_class_names_are_too_few(archive, data_dir):
-    for file in archive.official.names.values():
-        (archive.folder / file).write_text("cat\ndog\n")
-        assert f"{file} of {archive.name} names 2 classes" in refused(
-            archive, data_dir, archive.folder
-        )
-        (archive.folder / file).write_bytes(archive.files[file])
+def test_a_source_that_cannot_be_read(archive, data_dir, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", refuse)
+    message = refused(archive, data_dir, archive.folder)
+    assert f"{archive.folder}, which cannot be read ([Errno 13] Permission denied" in message
 
 
 @pytest.mark.parametrize("kept", [0, 10, 1000, -3000])
@@ -475,6 +480,18 @@ def test_a_download_that_is_refused(archive, data_dir, monkeypatch, no_proxy):
     with serving(b"", status=404) as url:
         from_url(archive, monkeypatch, url)
         assert "HTTP Error 404" in refused(archive, data_dir)
+
+
+def test_a_disk_that_is_full_before_the_download_is_whole(archive, data_dir, monkeypatch, no_proxy):
+    class Full(io.BytesIO):
+        def write(self, block):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: Full())
+    with serving(archive.tar.read_bytes()) as url:
+        from_url(archive, monkeypatch, url)
+        with pytest.raises(DataError, match=r"could not be prepared in .*: free some space"):
+            load(archive, data_dir)
 
 
 def test_a_download_without_a_length_is_read_to_its_end(archive, data_dir, monkeypatch):

@@ -10,6 +10,7 @@ comparison of trees covers all that a network changes.
 
 import functools
 import math
+import re
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -440,13 +441,15 @@ def test_graph_and_tree_mode_are_one_program(kind):
     assert lowered(True) == lowered(False)
 
 
-def test_four_devices_against_one():
+@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+def test_four_devices_against_one(axis_type):
     """The batch sharded over a mesh; float64, where a sum in another order flips no rounding."""
     devices = jax.device_count()
     if BATCH % devices or devices == 1:
         pytest.skip(f"{devices} devices do not share a batch of {BATCH}.")
-    mesh = jax.make_mesh((devices,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
-    with setting("float64"):
+    axis_types = (getattr(jax.sharding.AxisType, axis_type),)
+    mesh = jax.make_mesh((devices,), ("batch",), axis_types=axis_types)
+    with setting("float64"), jax.set_mesh(mesh):
         network = make("revnet", "float64")
         arrays = jax.device_put(draw_arrays(network), NamedSharding(mesh, PartitionSpec()))
         shards = jax.device_put(
@@ -456,6 +459,16 @@ def test_four_devices_against_one():
         got = step(arrays, *shards)
         assert len(got.logits.sharding.device_set) == devices
     assert relative_error(got, train("revnet", "float64", "reversible")) <= 1e-11
+
+
+def test_creation_without_jit():
+    def create():
+        model = create_model("revnet", 10, rngs=nnx.Rngs(3), units=(1,), filters=(8, 8))
+        return nnx.to_pure_dict(nnx.state(model))
+
+    due = create()
+    with jax.disable_jit():
+        chex.assert_trees_all_close(create(), due, rtol=1e-5, atol=1e-6)
 
 
 def test_creation_under_jit_and_for_another_way():
@@ -568,15 +581,16 @@ OWN = dict(units=(2,), filters=(8, 8))
             "revnet",
             dict(units=(0,), filters=(8, 8)),
             ValueError,
-            r"units=\(0,\) of revnet: give pos",
+            r"units=\(0,\): give pos",
         ),
-        ("revnet", dict(units=(), filters=(8,)), ValueError, r"units=\(\) of revnet: give pos"),
-        ("revnet", dict(units=5, filters=(8, 8)), ValueError, "units=5 of revnet: give pos"),
-        ("revnet", dict(units=(True,), filters=(8, 8)), ValueError, r"units=\(True,\) of revnet"),
+        ("revnet", dict(units=(), filters=(8,)), ValueError, r"units=\(\): give pos"),
+        ("revnet", dict(units=5, filters=(8, 8)), ValueError, "units=5: give pos"),
+        ("revnet", dict(units=(True,), filters=(8, 8)), ValueError, r"units=\(True,\): give pos"),
         ("revnet", dict(units=(2,), filters=(8, -8)), ValueError, r"filters=\(8, -8\).* positive"),
         ("revnet", dict(units=(2.0,), filters=(8, 8)), ValueError, r"units=\(2.0,\)"),
-        ("revnet38", dict(num_classes=0), ValueError, r"num_classes=\[0\] of revnet38: give pos"),
-        ("resnet32", dict(in_channels=0), ValueError, r"in_channels=\[0\] of resnet32: give pos"),
+        ("revnet38", dict(num_classes=0), ValueError, "num_classes=0: give a pos"),
+        ("resnet32", dict(in_channels=0), ValueError, "in_channels=0: give a pos"),
+        ("resnet32", dict(rngs=0), TypeError, r"rngs=0: give nnx\.Rngs"),
         ("resnet32", dict(dtype=jnp.int32), ValueError, "dtype=.*int32.*: give float32, bfloat16"),
         ("resnet32", dict(dtype="float9"), ValueError, "dtype='float9': give float32, bfloat16"),
         ("resnet32", dict(dtype=None), ValueError, "dtype=None: give float32, bfloat16"),
@@ -589,3 +603,37 @@ OWN = dict(units=(2,), filters=(8, 8))
 def test_what_create_model_refuses(name, options, error, sentence):
     with pytest.raises(error, match=sentence):
         create_model(name, **{"num_classes": 10, "rngs": nnx.Rngs(0), **options})
+
+
+@pytest.mark.parametrize(
+    "network,options,sentence",
+    [
+        (ResNet, dict(backward="reversible"), "backward='reversible': give one of store, remat"),
+        (RevNet, dict(backward="stroe"), "backward='stroe': give one of reversible, remat, store"),
+        (RevNet, dict(filters=(8, 9)), r"filters=\(8, 9\): channels must be even"),
+        (ResNet, dict(units=()), r"units=\(\): give positive integers"),
+    ],
+)
+def test_what_the_classes_refuse(network, options, sentence):
+    options = dict(units=(1,), filters=(8, 8), num_classes=10, rngs=nnx.Rngs(0)) | options
+    with pytest.raises(ValueError, match=sentence):
+        network(**options)
+
+
+@pytest.mark.parametrize("name", ["resnet", "revnet"])
+@pytest.mark.parametrize("shape", [(8, 8, 3), (2, 8, 8, 1)])
+def test_images_of_another_shape(name, shape):
+    def logits():
+        model = create_model(name, 10, rngs=nnx.Rngs(0), units=(1,), filters=(8, 8))
+        return model(jnp.zeros(shape))
+
+    with pytest.raises(ValueError, match=re.escape(f"images of shape {shape}: give [B, H, W, 3]")):
+        jax.eval_shape(logits)
+
+
+def test_dtype_by_name():
+    with jax.enable_x64(True):
+        model = nnx.eval_shape(lambda: RevNet((1,), (8, 8), 10, dtype="float64", rngs=nnx.Rngs(0)))
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {
+            "float64"
+        }

@@ -11,7 +11,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import IO, NamedTuple
 
 import tqdm
@@ -31,6 +31,7 @@ class Official(NamedTuple):
         train: the training split's files and the MD5 of each, in order.
         test: the same of the test split.
         names: for each label of a record, in order, the text file that names its classes.
+        names_md5: the MD5 of each of those.
     """
 
     url: str
@@ -38,6 +39,7 @@ class Official(NamedTuple):
     train: Mapping[str, str]
     test: Mapping[str, str]
     names: Mapping[str, str]
+    names_md5: Mapping[str, str]
 
     @property
     def archive(self) -> str:
@@ -45,9 +47,9 @@ class Official(NamedTuple):
         return self.url.rpartition("/")[2]
 
     @property
-    def files(self) -> list[str]:
-        """Every file that is needed."""
-        return [*self.train, *self.test, *self.names.values()]
+    def files(self) -> dict[str, str]:
+        """Every file that is needed, and its MD5."""
+        return {**self.train, **self.test, **self.names_md5}
 
 
 OFFICIAL = {
@@ -63,6 +65,7 @@ OFFICIAL = {
         },
         test={"test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d"},
         names={"label": "batches.meta.txt"},
+        names_md5={"batches.meta.txt": "40a0b180e208fe03a63ecc891b2555ad"},
     ),
     "cifar100": Official(
         url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
@@ -70,6 +73,10 @@ OFFICIAL = {
         train={"train.bin": "6172c7755cfe09b2fe270c85cebc1b15"},
         test={"test.bin": "4499cfba6c016c1be1438163640a0898"},
         names={"coarse_label": "coarse_label_names.txt", "label": "fine_label_names.txt"},
+        names_md5={
+            "coarse_label_names.txt": "50d7751bb0bc2085059b59e23eb6f789",
+            "fine_label_names.txt": "b517b835c830bc54413daa4cf904aad9",
+        },
     ),
 }
 
@@ -109,21 +116,28 @@ def official_files(name: str, source: str | None, *, scratch: str) -> dict[str, 
             _download(name, archive, scratch)
             files = _read_archive(name, place, archive)
     else:
-        path = _find(name, pathlib.Path(source).expanduser())
-        place = str(path)
-        if path.is_dir():
-            present = [file for file in official.files if (path / file).is_file()]
-            files = {file: (path / file).read_bytes() for file in present}
-        else:
-            with path.open("rb") as archive:
-                files = _read_archive(name, place, archive)
+        place = source
+        try:
+            path = _find(name, pathlib.Path(source).expanduser())
+            place = str(path)
+            if path.is_dir():
+                present = [file for file in official.files if (path / file).is_file()]
+                files = {file: (path / file).read_bytes() for file in present}
+            else:
+                with path.open("rb") as archive:
+                    files = _read_archive(name, place, archive)
+        except OSError as error:
+            raise DataError(
+                f"{name} was looked for in {place}, which cannot be read ({error}): "
+                f"{ways_forward(name)}"
+            ) from error
     missing = [file for file in official.files if file not in files]
     if missing:
         raise DataError(
             f"{name} was looked for in {place}, which lacks {', '.join(missing)}: "
             f"{ways_forward(name)}"
         )
-    for file, due in {**official.train, **official.test}.items():
+    for file, due in official.files.items():
         md5 = hashlib.md5(files[file], usedforsecurity=False).hexdigest()
         if md5 != due:
             raise DataError(
@@ -166,17 +180,25 @@ def _read_archive(name: str, place: str, archive: IO[bytes]) -> dict[str, bytes]
 
 
 def _download(name: str, archive: IO[bytes], looked: str) -> None:
+    with tqdm.tqdm(desc=name, unit="B", unit_scale=True, disable=None) as bar:
+        for block, bar.total in _blocks(name, looked):
+            archive.write(block)
+            bar.update(len(block))
+    archive.seek(0)
+
+
+def _blocks(name: str, looked: str) -> Iterator[tuple[bytes, int | None]]:
+    """The pieces of the archive, each with the bytes that are due in all."""
     url = OFFICIAL[name].url
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
             length = response.headers["Content-Length"]
-            due = None if length is None else int(length)
-            with tqdm.tqdm(desc=name, total=due, unit="B", unit_scale=True, disable=None) as bar:
-                while block := response.read(_BLOCK_BYTES):
-                    archive.write(block)
-                    bar.update(len(block))
-        if due is not None and archive.tell() != due:
-            raise OSError(f"only {archive.tell()} of {due} bytes arrived")
+            due, arrived = None if length is None else int(length), 0
+            while block := response.read(_BLOCK_BYTES):
+                arrived += len(block)
+                yield block, due
+        if due is not None and arrived != due:
+            raise OSError(f"only {arrived} of {due} bytes arrived")
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()
@@ -184,4 +206,3 @@ def _download(name: str, archive: IO[bytes], looked: str) -> None:
             f"{name} was looked for in {looked}, where it is not prepared, and at {url}, which "
             f"cannot be read ({error}): {ways_forward(name)}"
         ) from error
-    archive.seek(0)

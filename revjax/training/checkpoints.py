@@ -1,6 +1,5 @@
 """Checkpoints that are either whole or not used."""
 
-import json
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +12,6 @@ import orbax.checkpoint as ocp
 
 from revjax.training.errors import TrainingError
 from revjax.training.state import TrainState
-from revjax.training.workdir import write_json
-
-SEAL = "files.json"
 
 
 class Restored(NamedTuple):
@@ -29,9 +25,9 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The folder `checkpoints/` of a run: a folder a step, of which the newest few are kept.
 
-    A checkpoint is written under a temporary name, renamed, and then sealed by `files.json`, which
-    has the CRC-32 of every file. Without a seal that fits, it is not used: the process may be
-    killed at any time, and what a disk does to a file later is noticed.
+    Orbax writes a checkpoint under a temporary name and renames it, so that it is there whole or
+    not at all, whenever the process is killed. What a disk does to a file later is noticed by the
+    CRC-32 of every array, which stands in the checkpoint's record.
     """
 
     def __init__(self, directory: Path, *, keep: int = 1, read_only: bool = False):
@@ -56,43 +52,44 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, wall_seconds: float) -> None:
         """Write the state of a step; it is on the disk when this returns."""
+        state = jax.device_get(state)
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(jax.device_get(state)),
-                record=ocp.args.JsonSave({"wall_seconds": wall_seconds}),
+                state=ocp.args.StandardSave(state),
+                record=ocp.args.JsonSave({"wall_seconds": wall_seconds, "crc32": _crc32s(state)}),
             ),
-        )
-        folder = self.directory / str(step)
-        write_json(
-            folder / SEAL, {str(path.relative_to(folder)): _crc(path) for path in _files(folder)}
         )
 
     def restore_newest(self, template: TrainState, tell: Callable[[str], None]) -> Restored | None:
         """Return the newest checkpoint that is whole, or None where there is none at all.
 
-        One that is not whole is set aside in `damaged_checkpoints/` (unless the folder is
-        read-only), and the one before it is tried.
+        Newer ones that are not are set aside in `damaged_checkpoints/`, unless the folder is
+        read-only.
 
         Args:
             template: a state of the same structure, shapes and dtypes.
             tell: called with a sentence for every checkpoint that is not whole.
 
         Raises:
-            TrainingError: if there are checkpoints and none of them is whole.
+            TrainingError: if there are checkpoints and none of them is whole; they stay in place.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
-            folder = self.directory / str(step)
-            damage = _damage(folder)
-            if damage is None:
-                return self._restore(step, template)
-            if not self._read_only:
-                folder = self._set_aside(step)
-            tell(f"the checkpoint of step {step} is not whole: {damage}; it is left in {folder}.")
-        if steps:
+        damaged = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                restored = self._restore(step, template)
+            except Exception as error:  # whatever orbax makes of files that are not its own
+                reason = str(error).partition("\n")[0]
+                damaged[step] = f"the checkpoint of step {step} is not whole: {reason}"
+                continue
+            for step, sentence in damaged.items():
+                place = self.directory / str(step) if self._read_only else self._set_aside(step)
+                tell(f"{sentence}; it is left in {place}.")
+            return restored
+        if damaged:
             raise TrainingError(
-                f"no checkpoint in {self.directory} is whole; start in another --workdir."
+                f"no checkpoint in {self.directory} is whole ({'; '.join(damaged.values())}); "
+                "train in another --workdir."
             )
         return None
 
@@ -104,6 +101,8 @@ class Checkpoints:
                 state=ocp.args.StandardRestore(arrays), record=ocp.args.JsonRestore()
             ),
         )
+        if _crc32s(restored.state) != restored.record["crc32"]:
+            raise ValueError("an array is not what was saved")
         state = jax.tree.map(jnp.array, restored.state)
         return Restored(state, step, restored.record["wall_seconds"])
 
@@ -123,23 +122,5 @@ class Checkpoints:
         self._manager.close()
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
-
-
-def _crc(path: Path) -> int:
-    return zlib.crc32(path.read_bytes())
-
-
-def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
-    try:
-        seal: dict[str, int] = json.loads((folder / SEAL).read_text())
-    except (OSError, ValueError) as error:
-        return f"{SEAL} cannot be read ({error})"
-    for name, crc in seal.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if _crc(folder / name) != crc:
-            return f"{name} is not what was written"
-    return None
+def _crc32s(state: TrainState) -> list[int]:
+    return [zlib.crc32(np.ascontiguousarray(leaf)) for leaf in jax.tree.leaves(state)]

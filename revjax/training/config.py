@@ -21,6 +21,7 @@ from revjax.training.errors import ConfigError
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 GENERIC_MODELS = ("resnet", "revnet")
+FLOAT_MAX = float(jnp.finfo(jnp.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,13 +125,16 @@ def check_config(values: ConfigDict) -> Config:
     require(config.precise_bn_batches >= 0, "precise_bn_batches", "a number from 0")
     require(0 < config.steps < 2**31, "steps", "a number from 1 to 2^31 - 1")
     require(0 <= config.seed < 2**31, "seed", "a number from 0 to 2^31 - 1")
-    require(0 < optim.learning_rate < math.inf, "optim.learning_rate", "a number above 0")
-    require(0 < optim.decay_factor < math.inf, "optim.decay_factor", "a number above 0")
+    require(0 < optim.learning_rate < FLOAT_MAX, "optim.learning_rate", "a number above 0")
+    require(0 < optim.decay_factor < FLOAT_MAX, "optim.decay_factor", "a number above 0")
     require(0 <= optim.momentum < 1, "optim.momentum", "a number in [0, 1)")
-    require(0 <= optim.weight_decay < math.inf, "optim.weight_decay", "a number from 0")
+    require(0 <= optim.weight_decay < FLOAT_MAX, "optim.weight_decay", "a number from 0")
     edges = itertools.pairwise((0, *optim.boundaries, 2**31))
     increasing = all(left < right for left, right in edges)
     require(increasing, "optim.boundaries", "a tuple of increasing steps above 0")
+    last = math.log(optim.learning_rate) + len(optim.boundaries) * math.log(optim.decay_factor)
+    fits = last < math.log(FLOAT_MAX)
+    require(fits, "optim.decay_factor", "a rate that stays a float32 number to the last boundary")
 
     # Against the data.
     fits = config.batch_size <= info.train_size

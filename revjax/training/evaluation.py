@@ -1,10 +1,10 @@
 """Evaluation: the whole test set, a batch at a time.
 
 A network in evaluation normalises by running averages of the batch statistics. At a high learning
-rate the parameters run ahead of them: RevNet-38 after 500 steps of the CIFAR recipe, float32, was
-right on 45% of test images by its running averages, and on 61% by statistics of those parameters.
-So the averages can be replaced, for the evaluation alone, by means over batches of the training
-set: "precise BN", Wu & Johnson 2021, arXiv:2105.07576, section 3.
+rate the parameters run ahead of them, and the accuracy is that of neither. So the averages can be
+replaced, for the evaluation alone, by the mean of the statistics of some training batches at the
+parameters evaluated: "precise BN" (Wu & Johnson 2021, arXiv:2105.07576). As in the running
+averages, the variance is the mean of the batches' variances.
 """
 
 import time
@@ -49,8 +49,8 @@ class Evaluator:
 
     def __call__(self, state: TrainState, stop: StopSignals) -> dict[str, Any] | None:
         """Return loss, accuracy and speed as a row of metrics; None if told to stop meanwhile."""
-        began, num_examples = time.monotonic(), len(self.test.labels)
         variables = self._with_statistics(state, stop)
+        began, num_examples = time.monotonic(), len(self.test.labels)
         total_loss, total_correct = 0.0, 0
         for start in range(0, num_examples, self.config.batch_size):
             if stop.requested:

@@ -13,6 +13,9 @@ from revjax.revnet import StreamPeak
 from revjax.training.config import Config
 from revjax.training.state import Abstract, Interval, TrainState
 
+# Apart from the counters 0, 1, 2, ... by which nnx.Rngs folds the same seed for the parameters.
+AUGMENTATION_STREAM = 2**31
+
 
 class Split(NamedTuple):
     """Half of a data set on the device."""
@@ -54,13 +57,14 @@ def make_train_steps(
     steps, and each step is the same machine code whichever dispatch it falls into: the result
     does not depend, to the last bit, on how the steps are dispatched.
 
-    The state is donated. A step whose loss or gradient is not finite is the last one made, and
-    the report names it: the state is then lost, and the newest checkpoint is what is left.
+    The state is donated. A step whose loss, gradient or update is not finite is the last one made,
+    and the report names it: the state is then lost, and the newest checkpoint is what is left.
     """
 
     def train_step(state: TrainState, data: Split, indices: jax.Array) -> TrainState:
+        stream = jax.random.fold_in(jax.random.key(config.seed), AUGMENTATION_STREAM)
         images = augment(
-            jax.random.fold_in(jax.random.key(config.seed), state.step),
+            jax.random.fold_in(stream, state.step),
             data.images[indices],
             data.mean,
             padding=config.data.padding,
@@ -83,7 +87,7 @@ def make_train_steps(
         peak = jnp.max(jnp.stack(peaks)) if peaks else jnp.float32(0)
         fresh = state.step % config.log_every == 0  # the first step after a logged one
         last = jax.tree.map(lambda total: jnp.where(fresh, 0, total), state.interval)
-        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+        finite = jnp.isfinite(loss + optax.tree.norm(grads) + optax.tree.norm(updates))
         return TrainState(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),

@@ -11,11 +11,9 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def device_name() -> str:
-    """Return what the run computes on, as in "cpu (2 cores)" or "4 x NVIDIA H100"."""
-    devices = jax.devices()
-    if devices[0].platform == "cpu":
-        return f"cpu ({os.cpu_count()} cores)"
-    return f"{len(devices)} x {devices[0].device_kind}"
+    """Return what the run computes on, as in "cpu (2 cores)" or "NVIDIA H100 80GB HBM3"."""
+    device = jax.devices()[0]
+    return f"cpu ({os.cpu_count()} cores)" if device.platform == "cpu" else device.device_kind
 
 
 def versions() -> dict[str, str]:

@@ -56,21 +56,25 @@ def lock_workdir(workdir: Path) -> TextIO:
     return lock
 
 
-def check_same_config(workdir: Path, config: dict[str, Any]) -> None:
+def check_same_config(
+    workdir: Path, config: dict[str, Any], free: tuple[str, ...] = FREE_KEYS
+) -> None:
     """Raise unless the folder has nothing to lose, or what it has is of this config.
 
-    `FREE_KEYS` may differ, and `steps` may have grown: the run then goes on to the new end.
+    `steps` may be any number that the run has not passed: it then goes on to the new end.
 
     Args:
         workdir: the run's folder.
         config: the config as nested dicts.
+        free: further keys that may differ.
 
     Raises:
         ConfigError: naming every key that differs, with both values.
         TrainingError: if the folder holds checkpoints of an unknown config.
     """
     path = workdir / "config.json"
-    saved = any((workdir / "checkpoints").glob("[0-9]*"))
+    names = [folder.name for folder in (workdir / "checkpoints").glob("*")]
+    saved = [int(name) for name in names if name.isdecimal()]
     if not saved and not (workdir / "summary.json").exists():
         return
     if not path.exists():
@@ -81,13 +85,14 @@ def check_same_config(workdir: Path, config: dict[str, Any]) -> None:
     differing = [
         f"config.{key} is {_shown(ours, key)}, there {_shown(theirs, key)}"
         for key in sorted(ours.keys() | theirs.keys())
-        if key not in FREE_KEYS and _shown(ours, key) != _shown(theirs, key)
-        if key != "steps" or ours["steps"] < theirs["steps"]
+        if key not in (*free, "steps") and _shown(ours, key) != _shown(theirs, key)
     ]
+    if ours["steps"] < max(saved, default=0):
+        differing.append(f"config.steps is {ours['steps']}, and it has made {max(saved)}")
     if differing:
         raise ConfigError(
             f"the run in {workdir} has another config: {'; '.join(differing)}; "
-            "give another --workdir, or that run's values (only config.steps may grow)."
+            "give another --workdir, or that run's values (config.steps may grow)."
         )
 
 

@@ -1,0 +1,75 @@
+"""Which networks there can be: the checks that ResNet and RevNet share."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+
+def integers(name: str, values: Any) -> tuple[int, ...]:
+    """`values` as a tuple of positive ints, NumPy's among them, or a ValueError that names them."""
+    try:
+        found = tuple(operator.index(value) for value in values)
+        if found and min(found) > 0 and not any(isinstance(value, bool) for value in values):
+            return found
+    except TypeError:  # no sequence, or not of integers
+        pass
+    raise ValueError(f"{name}={values!r}: give positive integers.")
+
+
+def integer(name: str, value: Any) -> int:
+    """`value` as a positive int, or a ValueError that names it."""
+    try:
+        return integers(name, [value])[0]
+    except ValueError:
+        raise ValueError(f"{name}={value!r}: give a positive integer.") from None
+
+
+def check_architecture(
+    units: Sequence[int],
+    filters: Sequence[int],
+    *,
+    bottleneck: bool,
+    backward: str,
+    ways: Sequence[str],
+    halves: bool = False,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Raise a ValueError that names what no network can have.
+
+    Args:
+        units, filters, bottleneck, backward: as `ResNet` and `RevNet` take them.
+        ways: what backward may be.
+        halves: the channels are split into two halves.
+
+    Returns:
+        units and filters as tuples of ints.
+    """
+    units, filters = integers("units", units), integers("filters", filters)
+    if backward not in ways:
+        raise ValueError(f"backward={backward!r}: give one of {', '.join(ways)}.")
+    if len(filters) != len(units) + 1:
+        raise ValueError(
+            f"filters={filters} and units={units}: give one width more than stages, the first for "
+            "the stem."
+        )
+    widths = [filters[0], *(4 * width if bottleneck else width for width in filters[1:])]
+    if halves and any(width % 2 for width in widths):
+        raise ValueError(f"filters={filters}: channels must be even, to be split into two halves.")
+    if bottleneck and halves and any(width % 2 for width in filters[1:]):
+        raise ValueError(f"filters={filters}: a bottleneck takes a quarter of each half.")
+    if not bottleneck and sorted(filters) != list(filters):
+        raise ValueError(
+            f"filters={filters}: channels must not decrease, since shortcuts without parameters "
+            "can only add channels."
+        )
+    return units, filters
+
+
+def check_images(images: Any, channels: int) -> None:
+    """Raise a ValueError unless `images` is `[B, H, W, channels]`."""
+    if jnp.ndim(images) != 4 or images.shape[3] != channels:
+        raise ValueError(
+            f"images of shape {jnp.shape(images)}: give [B, H, W, {channels}], or make the network "
+            "with another in_channels."
+        )

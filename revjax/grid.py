@@ -70,13 +70,12 @@ def resolve_grid_bits(grid_bits: GridBits, default: int | None, stream: PyTree) 
     """
     if grid_bits is None or (grid_bits == "default" and default is None):
         return None
-    if grid_bits == "default":
-        grid_bits = default
+    given: Any = default if grid_bits == "default" else grid_bits
     try:
-        bits = operator.index(grid_bits)  # NumPy's integers too
+        bits = operator.index(given)  # NumPy's integers too
     except TypeError:
         bits = None
-    if bits is None or isinstance(grid_bits, bool):
+    if bits is None or isinstance(given, bool):
         raise TypeError(f'grid_bits={grid_bits!r}: give an integer, None or "default".')
     if default is None:
         raise ValueError(

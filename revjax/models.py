@@ -143,7 +143,8 @@ def _initialise(make, key):
     Operation by operation it would be dozens of programs, and optimised it would take longer to
     compile than a small network takes to learn.
     """
-    if isinstance(key, Tracer) or jax.config.jax_disable_jit:
+    disabled = jax.config.jax_disable_jit  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(key, Tracer) or disabled:
         return make(key)
     init = jax.jit(lambda key: nnx.split(make(key)))
     options: Any = {"xla_backend_optimization_level": 0}

@@ -66,13 +66,14 @@ def hoist_closure(fun: Callable, *operands: PyTree) -> tuple[Callable, list[Any]
     Returns:
         `closed` and `captured`, such that `closed(*operands, captured)` is `fun(*operands)`.
     """
+    jaxpr: Any
     jaxpr, out = jax.make_jaxpr(fun, return_shape=True)(*operands)
     out_structure = jax.tree.structure(out)
     is_traced = [isinstance(const, Tracer) for const in jaxpr.consts]
     fixed = [None if t else c for c, t in zip(jaxpr.consts, is_traced, strict=True)]
     captured = [c for c, t in zip(jaxpr.consts, is_traced, strict=True) if t]
     # From jax 0.12 on a jaxpr holds its consts, and would keep the enclosing trace alive.
-    body: Any = jaxpr.with_consts(fixed) if hasattr(jaxpr, "with_consts") else jaxpr.jaxpr
+    body = jaxpr.with_consts(fixed) if hasattr(jaxpr, "with_consts") else jaxpr.jaxpr
 
     def closed(*operands_and_captured):
         *operands, captured = operands_and_captured

@@ -221,9 +221,7 @@ def test_shapes_that_do_not_fit(x, kernel):
 
 
 def test_dtypes_that_differ():
-    with pytest.raises(
-        TypeError, match="one floating dtype, got x float32 and kernel bfloat16: cast"
-    ):
+    with pytest.raises(TypeError, match="one floating dtype, got x float32 and kernel bfloat16"):
         conv(jnp.zeros((2, 6, 6, 3)), jnp.zeros((3, 3, 3, 4), jnp.bfloat16))
     with pytest.raises(TypeError, match="one floating dtype, got x int32 and kernel int32"):
         conv(jnp.zeros((2, 6, 6, 3), jnp.int32), jnp.zeros((3, 3, 3, 4), jnp.int32))

@@ -51,8 +51,8 @@ def test_the_grid_is_exact_up_to_its_bound_and_not_beyond():
 
 @pytest.mark.parametrize("bits", [0, 14, 23])
 def test_rounding_is_that_of_float64_at_any_magnitude(bits):
-    x = np.concatenate([s * np.logspace(-6, 38, 200) for s in (-1, 1)]).astype(np.float32)
-    x = np.append(x, np.float32([0, np.inf, -np.inf]))
+    x = np.concatenate([s * np.logspace(-6, 38, 200) for s in (-1, 1)])
+    x = np.append(x, [0, np.inf, -np.inf]).astype(np.float32)
     due = np.round(x.astype(np.float64) * 2.0**bits) / 2.0**bits
     np.testing.assert_array_equal(jax.jit(revjax.round_to_grid, static_argnums=1)(x, bits), due)
     assert float(revjax.round_to_grid(0.3, 2)) == 0.25  # a Python number

@@ -4,6 +4,7 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalMemberAccess=false
 
 from functools import cache, partial
+from typing import Any
 
 import chex
 import jax
@@ -739,7 +740,7 @@ def test_wrong_input_is_refused_in_a_sentence(error, message, f, params, x, opti
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.complex64])
 def test_no_grid_takes_any_inexact_stream(dtype):
-    w, x = (0.3 * STACK).astype(dtype), (ONE.astype(dtype),) * 2
+    w, x = (0.3 * STACK[:1]).astype(dtype), (ONE.astype(dtype),) * 2  # one block: no drift yet
 
     def loss(w, backward):
         y = rev_chain_apply(dense, dense, (w, w), x, grid_bits=None, backward=backward)

@@ -123,4 +123,4 @@ class Checkpoints:
 
 
 def _crc32s(state: TrainState) -> list[int]:
-    return [zlib.crc32(np.ascontiguousarray(leaf)) for leaf in jax.tree.leaves(state)]
+    return [zlib.crc32(np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(state)]

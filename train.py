@@ -205,6 +205,7 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
             "data": config.data.name,
             "parameters": model.num_parameters,
             "steps": config.steps,
+            "precise_bn_batches": config.precise_bn_batches,
             "test_loss": result["loss"],
             "test_accuracy": result["accuracy"],
             "test_error": 1 - result["accuracy"],

@@ -1,6 +1,7 @@
 """The RevNet authors' CIFAR recipe, which every cifar*.py of this folder trains by.
 
 Source: renmengye/revnet-public, the code of Gomez et al. 2017; see also MemCNN, which re-ran it.
+Training is theirs; evaluation is by precise BN, see revjax/training/evaluation.py.
 """
 
 from ml_collections import ConfigDict, FieldReference

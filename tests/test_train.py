@@ -216,6 +216,8 @@ def test_eval_only(finished, command, capsys):
     assert shown
     assert float(shown[1]) == pytest.approx(summary["test_loss"], abs=1e-4)
     assert float(shown[2]) == pytest.approx(100 * summary["test_accuracy"], abs=0.01)
+    assert train.run([*arguments, "--config.precise_bn_batches=2"]) == 0  # by other statistics
+    assert shown[0] != capsys.readouterr().out
     assert sorted(workdir.rglob("*")) == before
 
 

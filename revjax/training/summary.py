@@ -25,11 +25,13 @@ def versions() -> dict[str, str]:
 
 def summary_table(summary: dict[str, Any]) -> str:
     """Return the lines to print for a `summary.json`."""
+    batches = summary["precise_bn_batches"]
+    statistics = f"precise BN, {batches} batches" if batches else "running averages"
     lines = {
         "model": f"{summary['model']}, {summary['parameters']:,} parameters",
         "data": summary["data"],
         "steps": f"{summary['steps']:,}",
-        "test accuracy": f"{summary['test_accuracy']:.2%}",
+        "test accuracy": f"{summary['test_accuracy']:.2%} (by {statistics})",
         "test error": f"{summary['test_error']:.2%}",
         "time": f"{summary['wall_seconds']:,.0f} s on {summary['device']}",
     }

@@ -2,8 +2,8 @@
 
 Command:   python train.py --config configs/digits_revnet.py
 Hardware:  2-core CPU, JAX 0.10.2
-Time:      102 s, compilation included (the machine was also doing other work)
-Accuracy:  98.33% on the held-out fifth (seed 0); seeds 1 and 2: 97.78% and 98.06%
+Time:      102 s, compilation included
+Accuracy:  98.89% on the held-out fifth (seed 0); seeds 1 and 2: 98.89% and 99.17%
 n:         3
 """
 
@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     optim.boundaries = (600, 850)
     optim.decay_factor = 0.1
     optim.momentum = 0.9
-    optim.weight_decay = 2e-4
+    optim.weight_decay = 5e-3  # few images: more than the 2e-4 of the CIFAR recipe
 
     config.seed = 0
     config.steps = 1_000

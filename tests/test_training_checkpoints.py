@@ -101,12 +101,11 @@ def lose_the_record(directory):
     shutil.rmtree(directory / "record")
 
 
-def empty_the_record(directory):
-    [path] = [path for path in (directory / "record").rglob("*") if path.name == "metadata"]
-    path.write_bytes(b"")
+def empty_the_seal(directory):
+    (directory / "files.json").write_bytes(b"")
 
 
-DAMAGES = [truncate, flip_a_bit, lose_a_file, lose_the_record, empty_the_record]
+DAMAGES = [truncate, flip_a_bit, lose_a_file, lose_the_record, empty_the_seal]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -143,6 +142,14 @@ def test_nothing_but_damaged_checkpoints_is_an_error(saved, states):
         with pytest.raises(TrainingError, match=r"no checkpoint in .* is whole .*30.*20"):
             restore(saved, states[0])
         assert steps(saved) == [20, 30]
+
+
+def test_a_checkpoint_whose_process_was_killed_before_the_seal_is_whole(saved, states):
+    (saved / "30" / "files.json").unlink()
+    restored, told = restore(saved, states[0])
+    assert restored is not None
+    assert (restored.step, told) == (30, [])
+    chex.assert_trees_all_equal(restored.state, states[30])
 
 
 def test_a_save_that_was_killed_is_no_checkpoint(saved, states):

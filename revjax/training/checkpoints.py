@@ -1,5 +1,6 @@
 """Checkpoints that are either whole or not used."""
 
+import json
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,9 @@ import orbax.checkpoint as ocp
 
 from revjax.training.errors import TrainingError
 from revjax.training.state import TrainState
+from revjax.training.workdir import write_json
+
+SEAL = "files.json"
 
 
 class Restored(NamedTuple):
@@ -26,8 +30,9 @@ class Checkpoints:
     """The folder `checkpoints/` of a run: a folder a step, of which the newest few are kept.
 
     Orbax writes a checkpoint under a temporary name and renames it, so that it is there whole or
-    not at all, whenever the process is killed. What a disk does to a file later is noticed by the
-    CRC-32 of every array, which stands in the checkpoint's record.
+    not at all, whenever the process is killed. Then it is sealed by `files.json`, which has the
+    CRC-32 of every file: what a disk does to one later is noticed. A checkpoint without a seal is
+    one whose process was killed in between.
     """
 
     def __init__(self, directory: Path, *, keep: int = 1, read_only: bool = False):
@@ -52,14 +57,16 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, wall_seconds: float) -> None:
         """Write the state of a step; it is on the disk when this returns."""
-        state = jax.device_get(state)
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                record=ocp.args.JsonSave({"wall_seconds": wall_seconds, "crc32": _crc32s(state)}),
+                state=ocp.args.StandardSave(jax.device_get(state)),
+                record=ocp.args.JsonSave({"wall_seconds": wall_seconds}),
             ),
         )
+        folder = self.directory / str(step)
+        files = {str(path.relative_to(folder)): _crc(path) for path in _files(folder)}
+        write_json(folder / SEAL, files)
 
     def restore_newest(self, template: TrainState, tell: Callable[[str], None]) -> Restored | None:
         """Return the newest checkpoint that is whole, or None where there is none at all.
@@ -76,12 +83,11 @@ class Checkpoints:
         """
         damaged = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                restored = self._restore(step, template)
-            except Exception as error:  # whatever orbax makes of files that are not its own
-                reason = str(error).partition("\n")[0]
-                damaged[step] = f"the checkpoint of step {step} is not whole: {reason}"
+            damage = _damage(self.directory / str(step))
+            if damage is not None:
+                damaged[step] = f"the checkpoint of step {step} is not whole: {damage}"
                 continue
+            restored = self._restore(step, template)
             for step, sentence in damaged.items():
                 place = self.directory / str(step) if self._read_only else self._set_aside(step)
                 tell(f"{sentence}; it is left in {place}.")
@@ -101,8 +107,6 @@ class Checkpoints:
                 state=ocp.args.StandardRestore(arrays), record=ocp.args.JsonRestore()
             ),
         )
-        if _crc32s(restored.state) != restored.record["crc32"]:
-            raise ValueError("an array is not what was saved")
         state = jax.tree.map(jnp.array, restored.state)
         return Restored(state, step, restored.record["wall_seconds"])
 
@@ -122,5 +126,25 @@ class Checkpoints:
         self._manager.close()
 
 
-def _crc32s(state: TrainState) -> list[int]:
-    return [zlib.crc32(np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(state)]
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+
+
+def _crc(path: Path) -> int:
+    return zlib.crc32(path.read_bytes())
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a sealed checkpoint's files, or None."""
+    try:
+        seal: dict[str, int] = json.loads((folder / SEAL).read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        return f"{SEAL} cannot be read ({error})"
+    for name, crc in seal.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _crc(folder / name) != crc:
+            return f"{name} is not what was written"
+    return None

@@ -9,7 +9,7 @@
 VENV := .venv$(if $(PYTHON),-$(notdir $(PYTHON)))
 RUN := $(VENV)/bin/python
 # Tests run side by side; ARGS="-n 0" runs them in one process, for a debugger.
-PYTEST := $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadgroup
+PYTEST := $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 CORE := tests/test_coupling.py tests/test_reversible.py tests/test_conv.py tests/test_models.py
 
 .PHONY: help train test test-core lint format clean interpreter

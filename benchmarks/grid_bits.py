@@ -9,10 +9,11 @@ cifar10     the same for a narrow RevNet and a few steps of the CIFAR recipe
 untrained   the largest |stream| of networks of growing depth before training
 
 After the last run of every grid_bits, the gradient of a training batch at the parameters it ended
-with is held against backward="store" of the same function, with float32 and with bfloat16 compute:
-the error of the reconstruction. And that stored gradient is held against the stored gradient
-without a grid at the same parameters: what rounding to the grid changes. Beside the latter stands
-what bfloat16 compute changes.
+with is held against backward="remat" of the same function, with float32 and with bfloat16 compute:
+the error of the reconstruction, since both have the same forward pass. (A program that stores its
+activations is compiled otherwise, and may round otherwise in the forward pass.) And that gradient is
+held against the one in float32 without a grid at the same parameters: what rounding to the grid
+changes, and beside it what bfloat16 compute changes.
 
 --smoke takes a few steps of everything that needs no download, and writes nothing.
 """
@@ -155,11 +156,11 @@ def trained(config: Config, dataset: Dataset, bits: list[int | None], seeds: int
         def gradient_of(dtype: str, backward: str, k: int | None = k, at=(data, state)):
             return gradient(with_model(config, dtype=dtype, backward=backward, grid_bits=k), *at)
 
-        plain, row = gradient_of("float32", "store", None), Row(grid_bits=k, runs=runs)
+        plain, row = gradient_of("float32", "remat", None), Row(grid_bits=k, runs=runs)
         for dtype in ("float32", "bfloat16"):
-            stored, found = gradient_of(dtype, "store"), gradient_of(dtype, "reversible")
-            row[f"gradient_error_{dtype}"] = relative(found, stored)
-            row[f"change_by_grid_and_{dtype}"] = relative(stored, plain)
+            due, found = gradient_of(dtype, "remat"), gradient_of(dtype, "reversible")
+            row[f"gradient_error_{dtype}"] = relative(found, due)
+            row[f"change_by_grid_and_{dtype}"] = relative(due, plain)
         yield row
 
 

@@ -87,8 +87,8 @@ def create_model(
         TypeError: rngs or grid_bits is nothing of the kind.
 
     Example:
-        >>> model = create_model("revnet38", 10, rngs=nnx.Rngs(0))
-        >>> model(jnp.zeros((2, 32, 32, 3))).shape
+        >>> model = create_model("revnet", 10, rngs=nnx.Rngs(0), units=(1,), filters=(8, 8))
+        >>> model(jnp.zeros((2, 8, 8, 3))).shape
         (2, 10)
     """
     own = {"units": units, "filters": filters, "bottleneck": bottleneck}

@@ -461,6 +461,7 @@ def test_four_devices_against_one(axis_type):
     assert relative_error(got, train("revnet", "float64", "reversible")) <= 1e-11
 
 
+@pytest.mark.slow
 def test_creation_without_jit():
     def create():
         model = create_model("revnet", 10, rngs=nnx.Rngs(3), units=(1,), filters=(8, 8))

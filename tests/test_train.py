@@ -20,9 +20,6 @@ from revjax.training.interrupt import Stopped, StopSignals
 from revjax.training.metrics import read_rows
 from revjax.training.workdir import lock_workdir
 
-# One process for all, since they share what takes long to make.
-pytestmark = pytest.mark.xdist_group("train")
-
 ROOT = Path(train.__file__).parent
 STEPS = 300
 

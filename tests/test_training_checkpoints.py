@@ -14,9 +14,6 @@ from revjax.training.errors import TrainingError
 from revjax.training.optimizer import OptimConfig, make_optimizer
 from revjax.training.state import Interval, TrainState
 
-# One process for all, since they share what takes long to make.
-pytestmark = pytest.mark.xdist_group("training_checkpoints")
-
 
 @pytest.fixture(scope="module")
 def states():

@@ -18,9 +18,6 @@ from revjax.training.optimizer import learning_rate_schedule, make_optimizer
 from revjax.training.state import abstract_model, draw, initial_state
 from revjax.training.step import make_train_steps, put_on_device
 
-# One process for all, since they share what takes long to make.
-pytestmark = pytest.mark.xdist_group("training_step")
-
 MOST = 7  # steps a dispatch
 
 

@@ -11,8 +11,8 @@ untrained   the largest |stream| of networks of growing depth before training
 After the last run of every grid_bits, the gradient of a training batch at the parameters it ended
 with is held against backward="remat" of the same function, with float32 and with bfloat16 compute:
 the error of the reconstruction, since both have the same forward pass. (A program that stores its
-activations is compiled otherwise, and may round otherwise in the forward pass.) And that gradient is
-held against the one in float32 without a grid at the same parameters: what rounding to the grid
+activations is compiled otherwise, and may round otherwise in its forward pass.) And that gradient
+is held against the one in float32 without a grid at the same parameters: what rounding to the grid
 changes, and beside it what bfloat16 compute changes.
 
 --smoke takes a few steps of everything that needs no download, and writes nothing.

@@ -25,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scipy.stats import truncnorm
 
 from revjax import ResNet, RevNet, StreamPeak, create_model, list_models, round_to_grid
+from revjax.layers import Conv
 
 CLASSES = 5
 BATCH = 4
@@ -648,3 +649,14 @@ def test_dtype_by_name():
         assert {leaf.dtype.name for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {
             "float64"
         }
+
+
+def test_bfloat16_convolutions_round_whatever_the_compiler_keeps():
+    """Else two evaluations of a function differ, and with them the reconstruction."""
+    conv = Conv(8, 8, 3, 1, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (8, 16, 16, 8))
+    y = jax.jit(conv)(x)
+    dx = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(conv(x)))))(x)
+    for found in (y, dx):
+        assert found.dtype == jnp.float32
+        np.testing.assert_array_equal(found, found.astype(jnp.bfloat16).astype(jnp.float32))

@@ -1,6 +1,7 @@
 """Accuracy, range and exactness against grid_bits: the study behind the default, 14.
 
 Command:   python benchmarks/grid_bits.py [digits] [cifar10] [untrained] [--data_dir DIR] [--smoke]
+           (those of the figures stand in docs/numerics.md)
 Hardware:  any
 Figures:   benchmarks/results/grid_bits.json, told in docs/numerics.md
 

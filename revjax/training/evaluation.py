@@ -50,6 +50,8 @@ class Evaluator:
     def __call__(self, state: TrainState, stop: StopSignals) -> dict[str, Any] | None:
         """Return loss, accuracy and speed as a row of metrics; None if told to stop meanwhile."""
         variables = self._with_statistics(state, stop)
+        if variables is None:
+            return None
         began, num_examples = time.monotonic(), len(self.test.labels)
         total_loss, total_correct = 0.0, 0
         for start in range(0, num_examples, self.config.batch_size):
@@ -65,15 +67,15 @@ class Evaluator:
             "images_per_second": num_examples / (time.monotonic() - began),
         }
 
-    def _with_statistics(self, state: TrainState, stop: StopSignals) -> nnx.State:
-        """The state's variables, with the statistics to evaluate by; meaningless if stopped."""
+    def _with_statistics(self, state: TrainState, stop: StopSignals) -> nnx.State | None:
+        """The state's variables, with the statistics to evaluate by; None if told to stop."""
         num_batches = self.config.precise_bn_batches
         if not num_batches:
             return state.variables
         total = jax.tree.map(jnp.zeros_like, nnx.filter_state(state.variables, nnx.BatchStat))
         for number in range(num_batches):
             if stop.requested:
-                break
+                return None
             indices = self._batch(number)
             total = self.add_statistics(total, state.params, state.variables, self.train, indices)
             jax.block_until_ready(total)  # a signal is not to wait for a queue of batches

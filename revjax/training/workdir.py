@@ -66,7 +66,7 @@ def check_same_config(
     Args:
         workdir: the run's folder.
         config: the config as nested dicts.
-        free: further keys that may differ.
+        free: the keys that may differ, beside `steps`.
 
     Raises:
         ConfigError: naming every key that differs, with both values.

@@ -55,8 +55,8 @@ def chain_depth(params: PyTree, xs: PyTree) -> int | None:
             raise ValueError(
                 f"params is a list of {len(params)} blocks: xs must be one too, got {describe(xs)}."
             )
+        hint = "A list holds one pair a block; stacked parameters are a tuple, (f's, g's)."
         for i, pair in enumerate(params):
-            hint = "A list holds one pair a block; stacked parameters are a tuple, (f's, g's)."
             check_pair(f"params[{i}]", pair, hint)
         return None
     check_pair("params", params)

@@ -2,7 +2,7 @@
 
 XLA:CPU brings convolutions into the layout of its fast kernels only in a program's entry
 computation. In the body of a `lax.scan` the kernel gradient that `lax.conv_general_dilated` asks
-for (activations as `f01b`, cotangents as `i01o`) runs as a naive loop, more than ten times slower.
+for (activations as `f01b`, cotangents as `i01o`) runs as a naive loop, many times slower.
 Here both gradients are written as convolutions of the canonical layout (NHWC, HWIO) between
 explicit transposes. Other platforms get JAX's own gradients, which their libraries recognise.
 

@@ -47,7 +47,7 @@ class Conv(nnx.Module):
         """Round to the bits of `dtype`, and so the cotangent, whatever the compiler does.
 
         Of a cast there and back it may keep the wider value, in one evaluation of a function and
-        not in another, which puts the gradient of a RevNet in bfloat16 off by 4e-3 (measured).
+        not in another: then what a RevNet reconstructs is not what it computed.
         """
         if self.dtype == x.dtype:
             return x

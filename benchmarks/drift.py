@@ -16,9 +16,8 @@ input. Each figure is the median over seeds.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalMemberAccess=false
 
 import argparse
-import datetime
 import json
-import platform
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,16 +25,15 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+from common import RESULTS, ROOT, environment, flatten, relative_error, residual, shown_error
 
 import revjax
-from revjax.conv import conv
-from revjax.training.summary import device_name, versions
+from revjax.training.summary import device_name
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import NullLocator
 
-ROOT = Path(__file__).parent.parent
 BATCH, SIDE, CHANNELS = 8, 8, 16
 BACKWARDS = ("reversible", "store")
 
@@ -72,11 +70,6 @@ MEASURES = {
 }
 
 
-def norm_relu(scale, bias, x):
-    mean, variance = x.mean((0, 1, 2), keepdims=True), x.var((0, 1, 2), keepdims=True)
-    return jax.nn.relu((x - mean) * jax.lax.rsqrt(variance + 1e-3) * scale + bias)
-
-
 def draw_inputs(depth: int, seed: int) -> tuple[Any, Any, Any]:
     """Stacked parameters, the pair x, and the cotangent of y, all float32."""
     keys = iter(jax.random.split(jax.random.key(seed), 8))
@@ -93,40 +86,27 @@ def draw_inputs(depth: int, seed: int) -> tuple[Any, Any, Any]:
     return params, tuple(pair()), tuple(pair())
 
 
-def relative_error_and_cosine(gradient: Any, stored: Any) -> tuple[float, float]:
-    """Of two trees as vectors, in float64."""
-    a, b = (
-        np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
-        for tree in (gradient, stored)
-    )
-    norm = np.linalg.norm
-    return float(norm(a - b) / norm(b)), float(a @ b / (norm(a) * norm(b)))
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
 def measure(form: Form, depth: int, seeds: int) -> dict[str, float]:
     """The medians over seeds of `MEASURES`."""
-
-    def residual(params, x):
-        for scale, bias, kernel in params:
-            x = norm_relu(scale, bias, x)
-            x = conv(x.astype(form.compute), kernel.astype(form.compute)).astype(form.stream)
-        return x
+    h = partial(residual, dtype=form.compute)
 
     def gradient(params, x, dy, *, backward):
         def loss(params, x):
-            y = revjax.rev_chain_apply(
-                residual, residual, params, x, grid_bits=form.grid_bits, backward=backward
-            )
+            y = revjax.rev_chain_apply(h, h, params, x, grid_bits=form.grid_bits, backward=backward)
             return sum((y * dy).astype(jnp.float32).sum() for y, dy in zip(y, dy, strict=True))
 
         return jax.grad(loss, argnums=(0, 1))(params, x)
 
     def inverse_error(params, x):
         chain = dict(grid_bits=form.grid_bits)
-        y = revjax.rev_chain_apply(residual, residual, params, x, **chain)
+        y = revjax.rev_chain_apply(h, h, params, x, **chain)
         # A barrier, so that no sum of one direction is fused with its difference in the other.
         y = jax.lax.optimization_barrier(y)
-        again = revjax.rev_chain_inverse(residual, residual, params, y, **chain)
+        again = revjax.rev_chain_inverse(h, h, params, y, **chain)
         x = revjax.round_to_grid(x, form.grid_bits)
         return jnp.stack([jnp.abs(a - b).max() for a, b in zip(x, again, strict=True)]).max()
 
@@ -136,17 +116,15 @@ def measure(form: Form, depth: int, seeds: int) -> dict[str, float]:
     for seed in range(seeds):
         params, x, dy = draw_inputs(depth, seed)
         params, x, dy = jax.tree.map(lambda a: a.astype(form.stream), (params, x, dy))
-        reversible, stored = (gradient(params, x, dy, backward=way) for way in BACKWARDS)
-        rows.append(
-            [*relative_error_and_cosine(reversible, stored), float(inverse_error(params, x))]
-        )
+        found, due = (flatten(gradient(params, x, dy, backward=way)) for way in BACKWARDS)
+        rows.append([relative_error(found, due), cosine(found, due), inverse_error(params, x)])
     return dict(zip(MEASURES, np.median(rows, axis=0).tolist(), strict=True))
 
 
 def shown(measure: str, value: float) -> str:
     if measure == "cosine":
         return f"{value:.4f}"
-    return f"{value:.1e}" if value else "0"
+    return shown_error(value)
 
 
 def print_tables(depths: list[int], results: dict[str, list[dict[str, float]]]) -> None:
@@ -183,7 +161,7 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=[3, 27, 100, 300])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--png", type=Path, default=ROOT / "docs/drift.png")
-    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/drift.json")
+    parser.add_argument("--json", type=Path, default=RESULTS / "drift.json")
     arguments = parser.parse_args()
     depths = sorted(arguments.depths)
 
@@ -195,10 +173,7 @@ def main() -> None:
     record = {
         "command": f"python benchmarks/drift.py --depths {' '.join(map(str, depths))} "
         f"--seeds {arguments.seeds}",
-        "date": datetime.date.today().isoformat(),
-        "device": device_name(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "versions": versions(),
+        **environment(),
         "batch": BATCH,
         "image": [SIDE, SIDE, 2 * CHANNELS],
         "seeds": arguments.seeds,

@@ -24,9 +24,7 @@ changes, and beside it what bfloat16 compute changes.
 
 import argparse
 import dataclasses
-import datetime
 import json
-import platform
 import sys
 from collections.abc import Iterator
 from functools import cache, partial
@@ -37,6 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from common import RESULTS, ROOT, environment, flatten, relative_error, shown_error
 from flax import nnx
 
 import revjax
@@ -48,9 +47,7 @@ from revjax.training.interrupt import StopSignals
 from revjax.training.optimizer import learning_rate_schedule, make_optimizer
 from revjax.training.state import TrainState, abstract_model, build_model, draw, initial_state
 from revjax.training.step import Split, make_train_steps, put_on_device
-from revjax.training.summary import device_name, versions
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # for what the files of configs/ share
 Row = dict[str, Any]
 DISPATCH = 50  # training steps given to the device at once
@@ -140,11 +137,7 @@ def gradient(config: Config, data: Split, state: TrainState) -> np.ndarray:
         normalize(data.images[: config.batch_size], data.mean),
         data.labels[: config.batch_size],
     )
-    return np.concatenate([np.asarray(a, np.float64).ravel() for a in jax.tree.leaves(tree)])
-
-
-def relative(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+    return flatten(tree)
 
 
 def trained(config: Config, dataset: Dataset, bits: list[int | None], seeds: int) -> Iterator[Row]:
@@ -160,8 +153,8 @@ def trained(config: Config, dataset: Dataset, bits: list[int | None], seeds: int
         plain, row = gradient_of("float32", "remat", None), Row(grid_bits=k, runs=runs)
         for dtype in ("float32", "bfloat16"):
             due, found = gradient_of(dtype, "remat"), gradient_of(dtype, "reversible")
-            row[f"gradient_error_{dtype}"] = relative(found, due)
-            row[f"change_by_grid_and_{dtype}"] = relative(due, plain)
+            row[f"gradient_error_{dtype}"] = relative_error(found, due)
+            row[f"change_by_grid_and_{dtype}"] = relative_error(due, plain)
         yield row
 
 
@@ -187,7 +180,7 @@ def print_trained(rows: list[Row]) -> None:
             cells += [f"{peak:.3g}", f"{revjax.stream_bound(row['grid_bits']):g}"]
         for kind in ("gradient_error_", "change_by_grid_and_"):
             values = [row[kind + dtype] for dtype in ("float32", "bfloat16")]
-            cells += [f"{value:.1e}" if value else "0" for value in values]
+            cells += [shown_error(value) for value in values]
         print(f"| {' | '.join(cells)} |")
 
 
@@ -229,7 +222,7 @@ def main() -> None:
     parser.add_argument("--cifar_steps", type=int, default=100)
     parser.add_argument("--data_dir", help="of the prepared CIFAR-10; default: tfds's own")
     parser.add_argument("--smoke", action="store_true", help="a few steps, nothing written")
-    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/grid_bits.json")
+    parser.add_argument("--json", type=Path, default=RESULTS / "grid_bits.json")
     arguments = parser.parse_args()
     chosen = arguments.studies or [*studies]
     if unknown := set(chosen) - set(studies):
@@ -262,10 +255,7 @@ def main() -> None:
         for row in found:
             rows.append(row)
             record[study] = {
-                "date": datetime.date.today().isoformat(),
-                "device": device_name(),
-                "platform": f"{platform.system()} {platform.machine()}",
-                "versions": versions(),
+                **environment(),
                 **settings,
                 "rows": rows,
             }

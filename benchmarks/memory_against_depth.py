@@ -6,34 +6,30 @@ Figures:   benchmarks/results/memory_against_depth.json, drawn in docs/memory.pn
 
 A block has two residual functions BN-ReLU-conv3x3-BN-ReLU-conv3x3, one for each half of a float32
 stream of 32 images of 32x32 and 16 + 16 channels. The gradient of the chain by its parameters and
-input is compiled in four forms of `revjax.rev_chain_apply`; "stored, unrolled" is there because a
-scan stores more than a Python loop, and ends at 32 blocks because longer programs take minutes and
-gigabytes to compile. Counted are the temporary buffers, `memory_analysis().temp_size_in_bytes`, and
-nothing is subtracted; parameters and input are arguments of the program and their gradients its
-results, neither of which is a temporary.
+input is compiled in five forms of `revjax.rev_chain_apply`; "stored, unrolled" is there because a
+scan stores more than a Python loop, "a list" is how blocks that differ are chained, and both end at
+32 blocks because longer programs take minutes and gigabytes to compile. Counted are the temporary
+buffers, `memory_analysis().temp_size_in_bytes`, and nothing is subtracted; parameters and input are
+arguments of the program and their gradients its results, neither of which is a temporary.
 """
 
 import argparse
-import datetime
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import matplotlib
+from common import RESULTS, ROOT, environment, residual
 
 import revjax
-from revjax.conv import conv
 from revjax.reversible import Backward
-from revjax.training.summary import versions
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import NullLocator
 
-ROOT = Path(__file__).parent.parent
 BATCH, SIDE, CHANNELS = 32, 32, 16
 UNROLLED_BLOCKS = 32  # at most
 MIB = 2**20
@@ -45,18 +41,8 @@ FORMS: dict[str, tuple[Backward, bool, dict[str, Any]]] = {
     "stored, unrolled": ("store", False, dict(color="#D55E00", marker="s")),
     "jax.checkpoint a block, scanned": ("remat", True, dict(color="#E69F00", marker="^")),
     "reversible, scanned": ("reversible", True, dict(color="#0072B2", marker="o")),
+    "reversible, a list": ("reversible", False, dict(color="#56B4E9", marker="D", linestyle=":")),
 }
-
-
-def norm_relu(scale, bias, x):
-    mean, variance = x.mean((0, 1, 2), keepdims=True), x.var((0, 1, 2), keepdims=True)
-    return jax.nn.relu((x - mean) * jax.lax.rsqrt(variance + 1e-3) * scale + bias)
-
-
-def residual(params, x):
-    for scale, bias, kernel in params:
-        x = conv(norm_relu(scale, bias, x), kernel)
-    return x
 
 
 def temporary_bytes(depth: int, backward: Backward, scanned: bool) -> int:
@@ -116,9 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compiled memory of the gradient against depth.")
     parser.add_argument("--depths", type=int, nargs="+", default=[4, 8, 16, 32, 64])
     parser.add_argument("--png", type=Path, default=ROOT / "docs/memory.png")
-    parser.add_argument(
-        "--json", type=Path, default=ROOT / "benchmarks/results/memory_against_depth.json"
-    )
+    parser.add_argument("--json", type=Path, default=RESULTS / "memory_against_depth.json")
     arguments = parser.parse_args()
     depths = sorted(arguments.depths)
     device = jax.devices()[0].device_kind
@@ -142,10 +126,7 @@ def main() -> None:
     options = " ".join(map(str, depths))
     record = {
         "command": f"python benchmarks/memory_against_depth.py --depths {options}",
-        "date": datetime.date.today().isoformat(),
-        "device": device,
-        "platform": f"{platform.system()} {platform.machine()}",
-        "versions": versions(),
+        **environment(),
         "batch": BATCH,
         "image": [SIDE, SIDE, 2 * CHANNELS],
         "blocks": depths,  # a shorter list below ends at UNROLLED_BLOCKS

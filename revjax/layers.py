@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from revjax.conv import conv
+from revjax.recompute import recompute
 
 
 def stream_dtype(dtype: Any) -> Any:
@@ -134,9 +135,9 @@ def pure(module: nnx.Module) -> tuple[Callable, nnx.State, nnx.State]:
     return apply, params, statistics
 
 
-def call_checkpointed(module: nnx.Module, *x: Any) -> Any:
-    """`module(*x)`, of which the gradient recomputes everything from `x`."""
+def call_recomputed(module: nnx.Module, x: Any) -> Any:
+    """`module(x)`, of which the gradient recomputes everything from `x`."""
     apply, params, statistics = pure(module)
-    y, statistics = jax.checkpoint(apply)(params, statistics, *x)
+    y, statistics = recompute(lambda x, *states: apply(*states, x), x, params, statistics)
     nnx.update(module, jax.lax.stop_gradient(statistics))
     return y

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from revjax.architecture import check_architecture, check_images, integer
-from revjax.layers import Head, Stem, call_checkpointed, pure, stack
+from revjax.layers import Head, Stem, call_recomputed, pure, stack
 from revjax.residual import Residual, shortcut
 
 
@@ -42,7 +42,7 @@ class ResidualStage(nnx.Module):
         self.rest = stack(depth - 1, unit, rngs) if depth > 1 else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = call_checkpointed(self.first, x) if self.remat else self.first(x)
+        x = call_recomputed(self.first, x) if self.remat else self.first(x)
         if self.rest is None:
             return x
         apply, params, statistics = pure(self.rest)

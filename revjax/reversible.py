@@ -17,15 +17,17 @@ stores the activations of the chain. Where blocks change shape, or parameters ou
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 
-from revjax.contract import chain_depth, check_coupling, check_pair, residual_function
+from revjax.contract import check_pair
 from revjax.coupling import Coupling, additive
-from revjax.grid import GridBits, resolve_grid_bits, round_to_grid, stream_bound, stream_peak
-from revjax.trees import PyTree, add, hoist_closure, is_inexact, merge, partition, vjp
+from revjax.grid import GridBits, stream_bound, stream_peak
+from revjax.recompute import after
+from revjax.segments import close, lay_out
+from revjax.trees import PyTree, add, is_inexact, merge, partition, vjp
 
 Pair = tuple[PyTree, PyTree]
 Backward = Literal["reversible", "remat", "store"]
@@ -130,9 +132,21 @@ def rev_chain_apply(
         >>> print(rev_chain_inverse(dense, dense, (w, w), y)[0][0])
         [1. 1. 1.]
     """
+    chain, options = (f, g, params, xs), (coupling, grid_bits, has_aux, unroll, backward)
+    y, (aux,) = apply_chains([chain], x, args, *options, range_check)
+    return (y, aux) if has_aux else y
+
+
+def apply_chains(
+    chains, x, args, coupling, grid_bits, has_aux, unroll, backward, range_check
+) -> tuple[Pair, list[Any]]:
+    """Apply chains `(f, g, params, xs)` in turn, as one: nothing is saved in between.
+
+    All else is as for `rev_chain_apply`. Returns y, and what each chain has for its aux.
+    """
     if backward not in ("reversible", "remat", "store"):
         raise ValueError(f'backward={backward!r}: give "reversible", "remat" or "store".')
-    bits, x, segments, operands = _prepare(f, g, params, x, args, xs, coupling, grid_bits, has_aux)
+    bits, x, segments, operands = lay_out(chains, x, args, coupling, grid_bits, has_aux)
     track = range_check is not None
     if backward == "reversible" and 0 not in [segment.depth for segment in segments]:
         y, auxes, peaks = _reversible(segments, operands, x, unroll, track)
@@ -142,9 +156,10 @@ def rev_chain_apply(
     if track:
         bounds = [stream_bound(bits, a.dtype) for a in jax.tree.leaves(partition(x)[0])]
         range_check(stream_peak((x, peaks)), min(bounds, default=float("inf")))
-    if not has_aux:
-        return y
-    return y, jax.lax.stop_gradient(auxes if isinstance(params, list) else auxes[0])
+    each = iter(jax.lax.stop_gradient(auxes))
+    return y, [
+        [next(each) for _ in p] if isinstance(p, list) else next(each) for _, _, p, _ in chains
+    ]
 
 
 def rev_chain_inverse(
@@ -171,7 +186,8 @@ def rev_chain_inverse(
     Returns:
         `x = (x1, x2)`, of y's structure, shapes and dtypes. Raises what `rev_chain_apply` raises.
     """
-    _, y, segments, operands = _prepare(f, g, params, y, args, xs, coupling, grid_bits, has_aux)
+    chain = f, g, params, xs
+    _, y, segments, operands = lay_out([chain], y, args, coupling, grid_bits, has_aux)
     for segment, (params, xs, shared) in zip(reversed(segments), reversed(operands), strict=True):
 
         def step(y, per_block, block=segment.block, shared=shared):
@@ -183,14 +199,6 @@ def rev_chain_inverse(
 
 
 # One block --------------------------------------------------------------------------------------
-
-
-class _Block(NamedTuple):
-    """f and g as `(params, half, xs, *shared) -> (residual, aux)`, and the coupling."""
-
-    f: Callable
-    g: Callable
-    coupling: Coupling
 
 
 def _forward(block, x, params, xs, shared):
@@ -238,11 +246,6 @@ def _undo(h, coupling, y, dy, dhalf, params, half, *operands):
 # The chain: segments; and apart, as they are traced, their operands `(params, xs, shared)` ------
 
 
-class _Segment(NamedTuple):
-    block: _Block
-    depth: int | None  # of a scan; None: a single block, whose operands have no leading axis
-
-
 def _run(step, carry, segment, params, xs, unroll, reverse=False):
     if segment.depth is None:
         return step(carry, (params, xs))
@@ -267,7 +270,7 @@ def _forward_chain(segments, operands, x, unroll, track, remat=False):
 
 
 def _backward_chain(segments, operands, y, dy, unroll):
-    doperands = []
+    doperands, ready = [], dy  # what is there before the next segment begins
     for segment, (params, xs, shared) in zip(reversed(segments), reversed(operands), strict=True):
 
         def step(carry, per_block, block=segment.block, shared=shared):
@@ -276,16 +279,17 @@ def _backward_chain(segments, operands, y, dy, unroll):
             x, dx, dparams, dxs, dshared_i = _backward(block, y, dy, params, xs, shared)
             return (x, dx, add(dshared, dshared_i)), (dparams, dxs)
 
-        carry = (y, dy, jax.tree.map(jnp.zeros_like, partition(shared)[0]))
+        carry = (after(y, ready), dy, jax.tree.map(jnp.zeros_like, partition(shared)[0]))
         carry, (dparams, dxs) = _run(step, carry, segment, params, xs, unroll, reverse=True)
         y, dy, dshared = carry
+        ready = dparams, dxs, dshared
         doperands.append((dparams, dxs, dshared))
     return dy, doperands[::-1]
 
 
 def _reversible(segments, operands, x, unroll, track):
     """`_forward_chain` under the rule: the operands and y are saved, and nothing else."""
-    closed = [_close(segment, ops, x) for segment, ops in zip(segments, operands, strict=True)]
+    closed = [close(segment, ops, x) for segment, ops in zip(segments, operands, strict=True)]
     segments, operands = [segment for segment, _ in closed], [ops for _, ops in closed]
 
     def chain(floating, others):
@@ -304,30 +308,3 @@ def _reversible(segments, operands, x, unroll, track):
     rule = jax.custom_vjp(chain)
     rule.defvjp(chain_fwd, chain_bwd)
     return rule(*partition((x, operands)))
-
-
-def _close(segment, operands, x):
-    """Make what f and g of a segment close over a part of its shared operands."""
-    (f, g, coupling), (params, xs, [[args], _]) = segment.block, operands
-    one = (*params, xs)
-    if segment.depth is not None:
-        one = jax.eval_shape(lambda stacked: jax.tree.map(lambda leaf: leaf[0], stacked), one)
-    f, captured_f = hoist_closure(f, one[0], x[1], one[2], args)
-    g, captured_g = hoist_closure(g, one[1], x[0], one[2], args)
-    shared = [[args, captured_f], [args, captured_g]]
-    return segment._replace(block=_Block(f, g, coupling)), (params, xs, shared)
-
-
-def _prepare(f, g, params, x, args, xs, coupling, grid_bits, has_aux):
-    """Check the inputs, put x on the grid, and lay the chain out as segments and operands."""
-    bits = resolve_grid_bits(grid_bits, check_coupling(coupling).grid_bits, check_pair("x", x))
-    x1, x2 = x = round_to_grid(jax.tree.map(jnp.asarray, tuple(x)), bits)
-    depth = chain_depth(params, xs)
-    has_xs = xs is not None
-    f = residual_function("f", f, x1, coupling, bits, has_aux, has_xs)
-    g = residual_function("g", g, x2, coupling, bits, has_aux, has_xs)
-    shared = [[args], [args]]
-    if depth is not None:
-        params, xs = [params], [xs]
-    operands = [(*both, shared) for both in zip(params, xs or [None] * len(params), strict=True)]
-    return bits, x, [_Segment(_Block(f, g, coupling), depth)] * len(operands), operands

@@ -8,14 +8,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from revjax.architecture import check_architecture, check_images, integer
+from revjax.coupling import additive
 from revjax.grid import DEFAULT_GRID_BITS
-from revjax.layers import Head, Stem, call_checkpointed, pure, stack
+from revjax.layers import Head, Stem, call_recomputed, pure, stack
 from revjax.residual import Residual, shortcut
-from revjax.reversible import Backward, Pair, rev_chain_apply, rev_chain_inverse
+from revjax.reversible import Backward, Pair, apply_chains, rev_chain_inverse
 
 
 class StreamPeak(nnx.Variable):
-    """The largest |stream| of a chain in its last forward pass in training mode: float32 scalar."""
+    """The largest |stream| in a chain's last forward pass in training mode: float32 scalar.
+
+    Of chains that run as one, each has the largest of all.
+    """
 
 
 class ReversibleChain(nnx.Module):
@@ -49,40 +53,20 @@ class ReversibleChain(nnx.Module):
 
     def __call__(self, x: Pair) -> Pair:
         """Apply the chain, moving batch statistics in training mode: pair to pair of one shape."""
-        f, g, params, statistics = self._pure()
-
-        def record(peak, bound):
-            if self.peak is not None:
-                self.peak[...] = peak
-
-        track = self.peak is not None and not self.use_running_average
-        y, aux = rev_chain_apply(
-            f,
-            g,
-            params,
-            x,
-            xs=statistics,
-            has_aux=True,
-            grid_bits=self.grid_bits,
-            backward=self.backward,
-            range_check=record if track else None,
-        )
-        f_statistics, g_statistics = aux if self.scanned else aux[0]
-        nnx.update(self.f, f_statistics)
-        nnx.update(self.g, g_statistics)
-        return y
+        return call_chains([self], x)
 
     def inverse(self, y: Pair) -> Pair:
         """The input that the chain maps to `y`; statistics do not move.
 
         In training mode the batch must be the one that gave y: its statistics are used again.
         """
-        f, g, params, statistics = self._pure()
+        f, g, params, statistics = self.pure()
         return rev_chain_inverse(
             f, g, params, y, xs=statistics, has_aux=True, grid_bits=self.grid_bits
         )
 
-    def _pure(self):
+    def pure(self) -> tuple[Callable, Callable, Any, Any]:
+        """The chain's f, g, params and xs, as `rev_chain_apply` takes them."""
         apply_f, params_f, statistics_f = pure(self.f)
         apply_g, params_g, statistics_g = pure(self.g)
 
@@ -94,6 +78,34 @@ class ReversibleChain(nnx.Module):
 
         params, statistics = (params_f, params_g), (statistics_f, statistics_g)
         return (f, g, params, statistics) if self.scanned else (f, g, [params], [statistics])
+
+
+def call_chains(chains: list[ReversibleChain], x: Pair) -> Pair:
+    """Apply chains in turn, as one reversible chain; all have the options of the first."""
+    first = chains[0]
+
+    def record(peak, bound):
+        for chain in chains:
+            if chain.peak is not None:
+                chain.peak[...] = peak
+
+    track = first.peak is not None and not first.use_running_average
+    y, auxes = apply_chains(
+        [chain.pure() for chain in chains],
+        x,
+        (),
+        coupling=additive,
+        grid_bits=first.grid_bits,
+        has_aux=True,
+        unroll=1,
+        backward=first.backward,
+        range_check=record if track else None,
+    )
+    for chain, aux in zip(chains, auxes, strict=True):
+        f_statistics, g_statistics = aux if chain.scanned else aux[0]
+        nnx.update(chain.f, f_statistics)
+        nnx.update(chain.g, g_statistics)
+    return y
 
 
 class Transition(nnx.Module):
@@ -133,7 +145,7 @@ class RevStage(nnx.Module):
         def residual(rngs):
             return Residual(outputs, outputs, rngs=rngs, **kind)
 
-        self.checkpoint = backward != "store"
+        self.store = backward == "store"
         if stride == 1 and inputs == outputs:
             self.first = ReversibleChain(first, residual, None, **rule)
         else:
@@ -143,11 +155,12 @@ class RevStage(nnx.Module):
         self.rest = ReversibleChain(residual, residual, depth - 1, **rule) if depth > 1 else None
 
     def __call__(self, x: Pair) -> Pair:
-        if isinstance(self.first, Transition) and self.checkpoint:
-            x = call_checkpointed(self.first, x)
+        chains = [] if self.rest is None else [self.rest]
+        if isinstance(self.first, ReversibleChain):
+            chains = [self.first, *chains]
         else:
-            x = self.first(x)
-        return x if self.rest is None else self.rest(x)
+            x = self.first(x) if self.store else call_recomputed(self.first, x)
+        return call_chains(chains, x) if chains else x
 
     def inverse(self, y: Pair) -> Pair:
         """Undo the reversible part: the input of the stage, or of its second unit.
@@ -207,6 +220,7 @@ class RevNet(nnx.Module):
         )
         num_classes = integer("num_classes", num_classes)
         self.in_channels = in_channels = integer("in_channels", in_channels)
+        self.store = backward == "store"
         self.stem = Stem(in_channels, filters[0], large_images=large_images, dtype=dtype, rngs=rngs)
         width, stages = filters[0], []
         for i, (depth, listed) in enumerate(zip(units, filters[1:], strict=True)):
@@ -231,7 +245,7 @@ class RevNet(nnx.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         """`[B, H, W, in_channels] -> [B, num_classes]`, in the dtype of the stream."""
         check_images(images, self.in_channels)
-        x = self.stem(images)
+        x = self.stem(images) if self.store else call_recomputed(self.stem, images)
         x1, x2 = jnp.split(x, 2, axis=-1)
         for stage in self.stages:
             x1, x2 = stage((x1, x2))

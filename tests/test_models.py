@@ -129,6 +129,9 @@ class Oracle:
             v["rest"] = jax.tree.map(lambda *a: jnp.stack(a), *members)
             if "peak" in v["rest"]:
                 v["rest"]["peak"] = jnp.max(v["rest"]["peak"])
+            if self.training and "peak" in v["first"]:  # runs as one with the rest
+                both = jnp.maximum(v["first"]["peak"], v["rest"]["peak"])
+                v["first"]["peak"] = v["rest"]["peak"] = both
         return x
 
     def __call__(self, v, images):

@@ -22,30 +22,17 @@ def after(x: PyTree, dependency: PyTree) -> PyTree:
     def barrier(x, dependency):
         return jax.lax.optimization_barrier((x, dependency))[0]
 
-    def selection(x, dependency):
-        leaves = [leaf for leaf in jax.tree.leaves(dependency) if leaf.size]
-        return jax.tree.map(lambda leaf: _select(leaf, leaves), x)
+    def branch(x, dependency):
+        holds = jnp.bool_(True)
+        for leaf in jax.tree.leaves(dependency):
+            bits = jnp.dtype(f"uint{8 * leaf.real.dtype.itemsize}")
+            holds &= (jax.lax.bitcast_convert_type(leaf.real, bits) | bits.type(1) != 0).all()
+        return jax.lax.cond(holds, lambda x: x, lambda x: jax.tree.map(jnp.zeros_like, x), x)
 
     floating, others = partition(x)
     dependency, _ = partition(dependency)
-    ordered = jax.lax.platform_dependent(floating, dependency, cpu=selection, default=barrier)
+    ordered = jax.lax.platform_dependent(floating, dependency, cpu=branch, default=barrier)
     return merge(ordered, others)
-
-
-def _select(x: jax.Array, dependencies: list[jax.Array]) -> jax.Array:
-    """Where a predicate holds, x: one that is true of all numbers, unknown to the compiler.
-
-    It is asked of one number of a dependency, or of one for each entry of the leading axis that it
-    shares with x, by which both may be sharded.
-    """
-    holds = jnp.bool_(True)
-    for array in dependencies:
-        shared = array.ndim > 0 and array.shape[:1] == x.shape[:1]
-        number = array[(slice(None) if shared else 0, *[0] * (array.ndim - 1))[: array.ndim]].real
-        bits = jnp.dtype(f"uint{8 * number.dtype.itemsize}")
-        holds_here = jax.lax.bitcast_convert_type(number, bits) | bits.type(1) != 0
-        holds &= holds_here.reshape(number.shape + (1,) * (x.ndim - number.ndim))
-    return jnp.where(holds, x, jnp.zeros_like(x))
 
 
 def recompute(fun: Callable, x: PyTree, *operands: PyTree) -> tuple[PyTree, PyTree]:

@@ -97,8 +97,8 @@ def rev_chain_apply(
             given, the block's entry of it comes last: `f(params_f, x2, *args, xs_i)`.
         g: `(params_g, y1, *args) -> residual` like x2, in the same way.
         params: `(params_f, params_g)`, every leaf `[depth, ...]`, run by `lax.scan`; or a list of
-            such pairs without that axis, for blocks that differ, run by a Python loop: XLA:CPU
-            then takes memory for each block, though less than stored activations do.
+            such pairs without that axis, for blocks that differ, run by a Python loop, which takes
+            time to compile for each block.
         x: `(x1, x2)`, the two halves of the stream, any pytrees.
         *args: further inputs of every f and g, any pytrees; bind static ones by functools.partial.
         xs: inputs that differ by block (keys, gates, statistics), any pytree with every leaf
@@ -279,7 +279,8 @@ def _backward_chain(segments, operands, y, dy, unroll):
             x, dx, dparams, dxs, dshared_i = _backward(block, y, dy, params, xs, shared)
             return (x, dx, add(dshared, dshared_i)), (dparams, dxs)
 
-        carry = (after(y, ready), dy, jax.tree.map(jnp.zeros_like, partition(shared)[0]))
+        y, dy = after((y, dy), ready)
+        carry = (y, dy, jax.tree.map(jnp.zeros_like, partition(shared)[0]))
         carry, (dparams, dxs) = _run(step, carry, segment, params, xs, unroll, reverse=True)
         y, dy, dshared = carry
         ready = dparams, dxs, dshared

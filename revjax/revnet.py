@@ -188,7 +188,8 @@ class RevNet(nnx.Module):
         bottleneck: residual functions of 1x1, 3x3, 1x1 convolutions instead of two 3x3.
         large_images: the ImageNet stem, which reduces height and width by four.
         backward: "reversible" reconstructs activations; "remat" keeps the input of each unit and
-            recomputes the rest; "store" keeps all. Parameters and numbers are the same.
+            recomputes the rest; "store" keeps all. Parameters and numbers are the same. Only
+            "store" has forward mode.
         grid_bits: the stream is kept on multiples of `2**-grid_bits`, which makes "reversible"
             exact; None for the plain float coupling. See `rev_chain_apply`.
         dtype: what convolutions compute in; the stream, statistics and parameters are float32, or

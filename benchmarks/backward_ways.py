@@ -1,44 +1,66 @@
 """Loss and gradient of a network by its three backward passes, held against each other.
 
-Command:   python benchmarks/backward_ways.py [--model revnet38] [--batch 100] [--image 32]
+Command:   python benchmarks/backward_ways.py [--batch 100] --config FILE --workdir DIR
 Hardware:  any
 Figures:   benchmarks/results/backward_ways.json, told in docs/numerics.md
 
-A network as created, in training mode, on normal images with random labels. Its gradient by
-backward="reversible" and by "remat" is held against that by "store", on the grid and off it, with
-float32 and with bfloat16 compute. The losses tell whether the three programs have made the same
-forward pass: where they have not, the gradients differ because the functions do.
+A network in training mode, with the parameters of the newest checkpoint of a run of train.py, whose
+flags these are, on the first images of its training data. Its gradient by backward="reversible" and
+by "remat" is held against that by "store", on the grid and off it, with float32 and with bfloat16
+compute. The losses tell whether the three programs have made the same forward pass: where they have
+not, the gradients differ because the functions do.
 """
 
 # Calls with options chosen at run time, which no type checker can follow.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import argparse
+import dataclasses
 import json
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import optax
-from common import RESULTS, environment, flatten, relative_error, shown_error
+from common import RESULTS, ROOT, environment, flatten, relative_error, shown_error
 from flax import nnx
 
-import revjax
+from revjax.data import load_dataset, normalize
+from revjax.training.checkpoints import Checkpoints
+from revjax.training.command_line import parse_arguments
+from revjax.training.config import Config, check_config
+from revjax.training.optimizer import make_optimizer
+from revjax.training.state import TrainState, build_model, initial_state
+from revjax.training.step import put_on_device
 
+sys.path.insert(0, str(ROOT))  # for what the files of configs/ share
 BACKWARDS = ("store", "remat", "reversible")
 FORMS = [(k, dtype) for dtype in ("float32", "bfloat16") for k in (14, None)]
 
 
+def load_run(flags: list[str]) -> tuple[Config, TrainState]:
+    """The config and the newest checkpoint of the run that the flags of train.py name."""
+    arguments = parse_arguments(["", *flags])
+    if isinstance(arguments, str):
+        sys.exit(arguments)
+    config = check_config(arguments.config)
+    template = jax.eval_shape(partial(initial_state, config, make_optimizer(config.optim)))
+    checkpoints = Checkpoints(Path(arguments.workdir) / "checkpoints", read_only=True)
+    restored = checkpoints.restore_newest(template, print)
+    if restored is None:
+        sys.exit(f"{arguments.workdir} has no checkpoint: train there first.")
+    return config, restored.state
+
+
 def loss_and_gradient(
-    name: str, backward: str, grid_bits: int | None, dtype: str, images: jax.Array
+    config: Config, state: TrainState, images: jax.Array, labels: jax.Array
 ) -> tuple[float, np.ndarray]:
     """The loss, and its gradient by the parameters as a vector."""
-    model = revjax.create_model(
-        name, 10, rngs=nnx.Rngs(0), backward=backward, grid_bits=grid_bits, dtype=dtype
-    )
-    graph, params, variables = nnx.split(model, nnx.Param, ...)
-    labels = jax.random.randint(jax.random.key(1), images.shape[:1], 0, 10)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: build_model(config)))
+    kept = nnx.BatchStat if config.model.grid_bits is None else ...  # else the stream's peak too
 
     @jax.jit
     @jax.value_and_grad
@@ -46,46 +68,44 @@ def loss_and_gradient(
         logits = nnx.merge(graph, params, variables, copy=True)(images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    loss, gradient = compute(params, variables)
+    loss, gradient = compute(state.params, nnx.filter_state(state.variables, kept))
     return float(loss), flatten(gradient)
 
 
-def compare(name: str, grid_bits: int | None, dtype: str, images: jax.Array) -> dict[str, Any]:
-    """A row of the table."""
-    found = {way: loss_and_gradient(name, way, grid_bits, dtype, images) for way in BACKWARDS}
-    _, due = found["store"]
-    return {
-        "grid_bits": grid_bits,
-        "dtype": dtype,
-        "loss": {way: loss for way, (loss, _) in found.items()},
-        "gradient_error": {way: relative_error(found[way][1], due) for way in BACKWARDS[1:]},
-        "reversible_against_remat": relative_error(found["reversible"][1], found["remat"][1]),
-    }
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The three backward passes of a network.")
-    parser.add_argument("--model", default="revnet38")
+    parser = argparse.ArgumentParser(description="The three backward passes of a trained network.")
     parser.add_argument("--batch", type=int, default=100)
-    parser.add_argument("--image", type=int, default=32)
     parser.add_argument("--json", type=Path, default=RESULTS / "backward_ways.json")
-    arguments = parser.parse_args()
+    arguments, flags = parser.parse_known_args()
+    config, state = load_run(flags)
+    data, _ = put_on_device(load_dataset(config.data.name, data_dir=config.data.dir))
+    images = normalize(data.images[: arguments.batch], data.mean)
+    labels = data.labels[: arguments.batch]
 
-    shape = (arguments.batch, arguments.image, arguments.image, 3)
-    images = jax.random.normal(jax.random.key(0), shape)
     print("| | loss: store | remat | reversible | gradient: remat against store ", end="")
     print("| reversible against store | reversible against remat |\n|---|---|---|---|---|---|---|")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for grid_bits, dtype in FORMS:
-        row = compare(arguments.model, grid_bits, dtype, images)
-        rows.append(row)
-        errors = [*row["gradient_error"].values(), row["reversible_against_remat"]]
-        cells = [f"{loss:.7f}" for loss in row["loss"].values()] + [*map(shown_error, errors)]
+        losses, gradients = {}, {}
+        for way in BACKWARDS:
+            model = dataclasses.replace(
+                config.model, backward=way, grid_bits=grid_bits, dtype=dtype
+            )
+            losses[way], gradients[way] = loss_and_gradient(
+                dataclasses.replace(config, model=model), state, images, labels
+            )
+        errors = {
+            f"{a} against {b}": relative_error(gradients[a], gradients[b])
+            for a, b in (("remat", "store"), ("reversible", "store"), ("reversible", "remat"))
+        }
+        rows.append({"grid_bits": grid_bits, "dtype": dtype, "loss": losses, "gradient": errors})
+        cells = [f"{loss:.7f}" for loss in losses.values()] + [*map(shown_error, errors.values())]
         grid = f"grid 2^-{grid_bits}" if grid_bits else "no grid"
         print(f"| {grid}, {dtype} | {' | '.join(cells)} |", flush=True)
     record = {
-        "command": f"python benchmarks/backward_ways.py --model {arguments.model} "
-        f"--batch {arguments.batch} --image {arguments.image}",
+        "model": config.model.name,
+        "steps_trained": int(state.step),
+        "batch": arguments.batch,
         **environment(),
         "rows": rows,
     }

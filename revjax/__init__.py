@@ -8,6 +8,8 @@ from revjax.grid import round_to_grid as round_to_grid
 from revjax.grid import stream_bound as stream_bound
 from revjax.grid import stream_peak as stream_peak
 from revjax.grid import warn_out_of_range as warn_out_of_range
+from revjax.memory import MemoryReport as MemoryReport
+from revjax.memory import memory_report as memory_report
 from revjax.models import create_model as create_model
 from revjax.models import list_models as list_models
 from revjax.resnet import ResNet as ResNet

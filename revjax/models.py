@@ -23,7 +23,7 @@ class Architecture(NamedTuple):
     large_images: bool = False
 
 
-_ARCHITECTURES = {
+ARCHITECTURES = {
     "resnet32": Architecture((5, 5, 5), (16, 16, 32, 64)),
     "resnet110": Architecture((18, 18, 18), (16, 16, 32, 64)),
     "resnet164": Architecture((18, 18, 18), (16, 16, 32, 64), bottleneck=True),
@@ -45,7 +45,7 @@ def list_models() -> list[str]:
         >>> "revnet110" in list_models()
         True
     """
-    return list(_ARCHITECTURES)
+    return list(ARCHITECTURES)
 
 
 def create_model(
@@ -92,14 +92,14 @@ def create_model(
         (2, 10)
     """
     own = {"units": units, "filters": filters, "bottleneck": bottleneck}
-    if name in _ARCHITECTURES:
+    if name in ARCHITECTURES:
         given = [key for key, value in own.items() if value is not None]
         if given:
             raise ValueError(
                 f"{name} has its own {', '.join(given)}: leave them out, or name the model "
                 f'"{name[:6]}" to give an architecture of your own.'
             )
-        architecture = _ARCHITECTURES[name]
+        architecture = ARCHITECTURES[name]
     elif name in ("resnet", "revnet"):
         if units is None or filters is None:
             raise ValueError(

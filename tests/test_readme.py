@@ -35,7 +35,7 @@ def test_table_of_models():
     for name, units, *counts in ROWS:
         due = [f"{count:,}" for count in PARAMETERS[name].values()]
         assert [count for count in counts if count] == due
-        assert units == ", ".join(map(str, models._ARCHITECTURES[name].units))
+        assert units == ", ".join(map(str, models.ARCHITECTURES[name].units))
 
 
 def test_links_lead_to_files():

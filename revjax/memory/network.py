@@ -1,0 +1,140 @@
+"""The training step of a network, and the gradient of each of its stages, as functions to compile.
+
+They come with abstract arguments: the network is never made.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from revjax.models import ARCHITECTURES
+from revjax.resnet import ResNet
+from revjax.revnet import RevNet
+
+Compilable = tuple[Callable, tuple[Any, ...]]  # a jitted function, and its arguments
+
+
+def ways_of(name: str) -> tuple[str, ...]:
+    """The backward passes that a network of `list_models()` has."""
+    return ("store", "remat", "reversible") if name.startswith("revnet") else ("store", "remat")
+
+
+def usual_image(name: str) -> int:
+    """The height and width of the images that a network of `list_models()` is for."""
+    return 224 if ARCHITECTURES[name].large_images else 32
+
+
+def abstract_network(
+    name: str, backward: str, dtype: str, *, num_classes: int, times_deeper: int = 1
+) -> ResNet | RevNet:
+    """A network of `list_models()` without its numbers.
+
+    Args:
+        name, backward, dtype, num_classes: as `create_model` takes them.
+        times_deeper: what to multiply the units of every stage by.
+    """
+    architecture = ARCHITECTURES[name]
+    make: Any = RevNet if name.startswith("revnet") else ResNet
+    return nnx.eval_shape(
+        lambda: make(
+            [times_deeper * units for units in architecture.units],
+            architecture.filters,
+            num_classes,
+            bottleneck=architecture.bottleneck,
+            large_images=architecture.large_images,
+            backward=backward,
+            dtype=jnp.dtype(dtype),
+            rngs=nnx.Rngs(0),
+        )
+    )
+
+
+def training_step(network: ResNet | RevNet, batch: int, image: int) -> Compilable:
+    """A step of SGD with momentum and weight decay on cross-entropy, its state donated.
+
+    Args:
+        network: may be abstract.
+        batch: images a step.
+        image: their height and width.
+    """
+    graph, params, variables = nnx.split(network, nnx.Param, ...)
+    optimizer = optax.chain(optax.add_decayed_weights(2e-4), optax.sgd(0.1, momentum=0.9))
+
+    def loss_fn(params, variables, images, labels):
+        module = nnx.merge(graph, params, variables, copy=True)
+        losses = optax.softmax_cross_entropy_with_integer_labels(module(images), labels)
+        return losses.mean(), nnx.state(module, nnx.Not(nnx.Param))
+
+    def step(state, images, labels):
+        params, variables, opt_state = state
+        gradient, variables = jax.grad(loss_fn, has_aux=True)(params, variables, images, labels)
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return optax.apply_updates(params, updates), variables, opt_state
+
+    state = jax.eval_shape(lambda: (params, variables, optimizer.init(params)))
+    labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    return jax.jit(step, donate_argnums=0), (state, _images(network, batch, image), labels)
+
+
+def stage_gradients(network: ResNet | RevNet, batch: int, image: int) -> Iterator[Compilable]:
+    """Of each stage, its output, and its gradient by parameters and input for a given cotangent.
+
+    Args:
+        network, batch, image: as for `training_step`.
+    """
+    x = nnx.eval_shape(
+        lambda stem, images: stem(images), network.stem, _images(network, batch, image)
+    )
+    if isinstance(network, RevNet):
+        half = jax.ShapeDtypeStruct((*x.shape[:-1], x.shape[-1] // 2), x.dtype)
+        x = (half, half)
+    for stage in network.stages:
+        graph, params, variables = nnx.split(stage, nnx.Param, ...)
+
+        def gradient(params, variables, x, dy, graph=graph):
+            def apply(params, x):
+                module = nnx.merge(graph, params, variables, copy=True)
+                return module(x), nnx.state(module, nnx.Not(nnx.Param))
+
+            y, pullback, variables_after = jax.vjp(apply, params, x, has_aux=True)
+            return y, variables_after, pullback(dy)
+
+        y = nnx.eval_shape(lambda stage, x: stage(x), stage, x)
+        yield jax.jit(gradient), (params, variables, x, y)
+        x = y
+
+
+def largest_batch(
+    peak_bytes: Callable[[int], int], available: int, known: dict[int, int] | None = None
+) -> int:
+    """The largest batch whose peak is at most `available` bytes, to 1%; 0 if not even 1 fits.
+
+    Args:
+        peak_bytes: of a batch. Each call may compile a program, so it is asked few times: it is
+            nearly affine, and the line through the two nearest that are known tells the next.
+        available: bytes.
+        known: peaks by batch, if some are.
+    """
+    peaks = {0: 0} | (known or {1: peak_bytes(1)})
+    while True:
+        fits = max(batch for batch, peak in peaks.items() if peak <= available)
+        too_large = min((batch for batch, peak in peaks.items() if peak > available), default=None)
+        tolerance = max(1, fits // 100)
+        if too_large is not None and too_large - fits <= tolerance:
+            return fits
+        a, b = sorted(peaks, key=lambda batch: abs(peaks[batch] - available))[:2]
+        slope = max((peaks[b] - peaks[a]) / (b - a), 1)
+        batch = max(int(a + (available - peaks[a]) / slope), fits + tolerance)
+        if too_large is None:
+            batch = min(batch, 64 * max(peaks))
+        elif batch >= too_large or len(peaks) > 8:
+            batch = (fits + too_large) // 2
+        peaks[batch] = peak_bytes(batch)
+
+
+def _images(network: ResNet | RevNet, batch: int, image: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((batch, image, image, network.in_channels), jnp.float32)

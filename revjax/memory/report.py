@@ -1,0 +1,82 @@
+"""What a function needs of memory and arithmetic, by the compiler's own account."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import SingleDeviceSharding
+
+from revjax.memory.operations import count_operations
+from revjax.memory.target import find_device
+
+
+class MemoryReport(NamedTuple):
+    """What a compiled function needs. Bytes are those of one device."""
+
+    temporary_bytes: int  # beside arguments and results: activations, mostly
+    argument_bytes: int
+    output_bytes: int  # the part that takes donated arguments' place included
+    peak_bytes: int  # the most that the program holds at once, all of the above included
+    operations: int  # of matrix products and convolutions, as traced, loops multiplied out
+    compile_seconds: float  # tracing included
+
+
+def memory_report(
+    fn: Callable,
+    *args: Any,
+    topology: str | None = None,
+    compiler_options: dict[str, Any] | None = None,
+) -> MemoryReport:
+    """Compile `fn(*args)` and report what it needs; it is not run, and nothing is allocated.
+
+    Args:
+        fn: a function that `jax.jit` can compile, or a jitted one, whose donation then counts.
+        args: pytrees of arrays or of `jax.ShapeDtypeStruct`, larger than the machine if need be.
+        topology: what to compile for. None is JAX's default device; "cpu", "gpu" or "tpu" another
+            backend of this process; "h100", or one of TPUs such as "v5e:2x2", a device that need
+            not be there, if its compiler is installed.
+        compiler_options: as `jax.jit` takes them.
+
+    Returns:
+        A `MemoryReport`. Peak bytes are arguments, results that are not donated arguments, and
+        temporaries: all have their places for the whole run of a program.
+
+    Raises:
+        ValueError: there is no such topology, or its compiler does not tell what memory it needs.
+        RuntimeError: the compiler for the topology is not installed.
+
+    Example:
+        >>> a = jax.ShapeDtypeStruct((1000, 1000), jnp.float32)
+        >>> report = revjax.memory_report(lambda a, b: a @ b, a, a)
+        >>> print(report.operations, report.argument_bytes, report.output_bytes)
+        2000000000 8000000 4000000
+    """
+    if topology is not None:
+        sharding = SingleDeviceSharding(find_device(topology))
+        args = jax.tree.map(lambda leaf: _abstract(leaf, sharding), args)
+    jitted: Any = fn if hasattr(fn, "trace") and hasattr(fn, "lower") else jax.jit(fn)
+    began = time.perf_counter()
+    traced = jitted.trace(*args)
+    memory = traced.lower().compile(compiler_options).memory_analysis()
+    seconds = time.perf_counter() - began
+    if memory is None:
+        raise ValueError(
+            f"the compiler for {topology or jax.default_backend()} does not tell what memory a "
+            'program needs: give another topology, such as "cpu".'
+        )
+    arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
+    temporary = memory.temp_size_in_bytes
+    return MemoryReport(
+        temporary_bytes=temporary,
+        argument_bytes=arguments,
+        output_bytes=outputs,
+        peak_bytes=arguments + outputs - memory.alias_size_in_bytes + temporary,
+        operations=count_operations(traced.jaxpr.jaxpr),
+        compile_seconds=seconds,
+    )
+
+
+def _abstract(leaf: Any, sharding: SingleDeviceSharding) -> jax.ShapeDtypeStruct:
+    aval = jax.eval_shape(lambda leaf: leaf, leaf)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding, weak_type=aval.weak_type)

@@ -1,0 +1,104 @@
+"""What to compile for: a backend of this process, or a device that this machine does not have.
+
+Neither a TPU nor a GPU is needed to compile for one: their compilers are Python packages, and
+`jax.experimental.topologies` describes the device to them.
+"""
+
+import functools
+import importlib.util
+import os
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+BACKENDS = ("cpu", "gpu", "tpu")
+
+# XLA's description of an NVIDIA H100 SXM, 80 GB (openxla/xla, h100_sxm.txtpb): facts of the device.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84942979072
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  cuda_compute_capability { major: 9 }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+@functools.cache
+def find_device(topology: str) -> Any:
+    """Return a device to compile for.
+
+    Args:
+        topology: a backend of this process, "cpu", "gpu" or "tpu"; "h100"; or a topology of TPUs as
+            libtpu names it, such as "v5e:2x2", of which the first chip is taken.
+
+    Raises:
+        ValueError: there is no such device.
+        RuntimeError: the package with its compiler is not installed.
+    """
+    if topology in BACKENDS:
+        try:
+            return jax.devices(topology)[0]
+        except RuntimeError as error:
+            raise ValueError(f"topology={topology!r}: this process has no such backend.") from error
+    if topology == "h100":
+        return _describe_gpu(H100)
+    if ":" in topology:
+        return _describe_tpu(topology)
+    raise ValueError(
+        f'topology={topology!r}: give "cpu", "gpu" or "tpu" for a backend of this process, "h100", '
+        'or a topology of TPUs such as "v5e:2x2".'
+    )
+
+
+def _describe_gpu(description: str) -> Any:
+    plugin = "jax_cuda13_plugin"
+    if importlib.util.find_spec(plugin) is None:
+        raise RuntimeError(
+            "to compile for an H100, install the compiler for it, CUDA's for JAX: "
+            'pip install "jax[cuda13]".'
+        )
+    jax.devices()  # the first call registers the plugin
+    options: dict[str, Any] = {"topology": "1x1x1", "target_config": description}
+    try:
+        return topologies.get_topology_desc("", platform="cuda", **options).devices[0]
+    except NotImplementedError as error:
+        raise RuntimeError(
+            "JAX has set CUDA aside, as there is no GPU here: start Python with JAX_PLATFORMS=cpu."
+        ) from error
+
+
+def _describe_tpu(name: str) -> Any:
+    if importlib.util.find_spec("libtpu") is None:
+        raise RuntimeError(
+            f"to compile for {name}, install the compiler for TPUs: "
+            'pip install "revjax[tpu-aot]" (it is the package libtpu).'
+        )
+    # Else libtpu looks for a TPU, and for the metadata server of its machine.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    try:
+        return topologies.get_topology_desc(name, platform="tpu").devices[0]
+    except Exception as error:  # libtpu's own, of no common class
+        raise ValueError(
+            f'topology={name!r} is none that libtpu knows ({error}): try "v5e:2x2".'
+        ) from error

@@ -220,12 +220,13 @@ def test_largest_batch_and_plot(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(ARCHITECTURES, "revnet38", Architecture((1,), (4, 4)))
     monkeypatch.setattr(command, "memory_report", formula)
     plot = tmp_path / "plot.png"
-    arguments = ["--model", "revnet38", "--fits", "1MiB", "--plot", str(plot)]
-    assert command.main(arguments) == 0
+    arguments = ["--model", "revnet38", "--fits", "1MiB", "--plot", str(plot), "--whole"]
+    assert command.main([*arguments, "--deeper", "3"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("revnet38 with 3 times its units, batch 100, 32x32, float32, compiled")
+    assert "stage" not in out
     due = (2**20 - 100) // 20
-    rows = [
-        row.split() for row in capsys.readouterr().out.splitlines() if row.startswith("largest")
-    ]
+    rows = [row.split() for row in out.splitlines() if row.startswith("largest")]
     assert [row[-3:] for row in rows] == [[f"{due:,}"] * 3]
     assert plot.read_bytes().startswith(b"\x89PNG")
 

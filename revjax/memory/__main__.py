@@ -20,6 +20,8 @@ from revjax.memory.network import (
 from revjax.memory.report import MemoryReport, memory_report
 from revjax.memory.target import BACKENDS, find_device
 from revjax.models import list_models
+from revjax.resnet import ResNet
+from revjax.revnet import RevNet
 
 UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 FACTORS = (1, 2, 4)  # of depth and of batch, in the plot
@@ -62,6 +64,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--topology", help="what to compile for: cpu, gpu, tpu, h100, v5e:2x2 [JAX's default]"
     )
+    parser.add_argument("--deeper", type=positive, default=1, help="multiplies units a stage [1]")
+    parser.add_argument("--whole", action="store_true", help="the training step, and no stages")
     parser.add_argument("--fits", type=parse_bytes, help="find the largest batch in, say, 16GB")
     parser.add_argument("--plot", type=Path, help="peak against depth and batch, a .png")
     arguments = parser.parse_args(argv)
@@ -78,18 +82,23 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def report_of(
-    arguments: argparse.Namespace, way: str, batch: int, deeper: int = 1, **options: Any
+    arguments: argparse.Namespace, way: str, batch: int, factor: int = 1, **options: Any
 ) -> MemoryReport:
-    """The report of a training step."""
-    network = abstract_network(
+    """The report of a training step, of a network some times deeper than asked for."""
+    network = network_of(arguments, way, factor)
+    step, operands = training_step(network, batch, arguments.image)
+    return memory_report(step, *operands, topology=arguments.topology, **options)
+
+
+def network_of(arguments: argparse.Namespace, way: str, factor: int = 1) -> ResNet | RevNet:
+    """The network asked for, or one some times deeper."""
+    return abstract_network(
         arguments.model,
         way,
         arguments.dtype,
         num_classes=arguments.classes,
-        times_deeper=deeper,
+        times_deeper=factor * arguments.deeper,
     )
-    step, operands = training_step(network, batch, arguments.image)
-    return memory_report(step, *operands, topology=arguments.topology, **options)
 
 
 def only_memory(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -112,11 +121,8 @@ def table(arguments: argparse.Namespace) -> dict[str, dict[str, str]]:
         rows.setdefault(row, {})[way] = cell
 
     for way in arguments.ways:
-        network = abstract_network(
-            arguments.model, way, arguments.dtype, num_classes=arguments.classes
-        )
-        stages = stage_gradients(network, arguments.batch, arguments.image)
-        for number, (gradient, operands) in enumerate(stages, 1):
+        stages = stage_gradients(network_of(arguments, way), arguments.batch, arguments.image)
+        for number, (gradient, operands) in enumerate(() if arguments.whole else stages, 1):
             tell(f"compiling {way}, stage {number}")
             report = memory_report(
                 gradient, *operands, topology=arguments.topology, **only_memory(arguments)
@@ -152,8 +158,9 @@ def tell(text: str) -> None:
 def title(arguments: argparse.Namespace) -> str:
     """What was compiled, and by what."""
     device = arguments.topology or jax.devices()[0].device_kind
+    deeper = f" with {arguments.deeper} times its units" if arguments.deeper > 1 else ""
     return (
-        f"{arguments.model}, batch {arguments.batch}, {arguments.image}x{arguments.image}, "
+        f"{arguments.model}{deeper}, batch {arguments.batch}, {arguments.image}x{arguments.image}, "
         f"{arguments.dtype}, compiled for {device} by JAX {jax.__version__}"
     )
 

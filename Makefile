@@ -1,5 +1,6 @@
 # make train    train the digits RevNet; flags of train.py: make train ARGS="--config.steps=100"
 # make test     run the tests; flags of pytest: make test ARGS="-k coupling"
+# make bench    time the ways to a gradient, for some minutes; see benchmarks/speed.py
 # make lint     ruff and pyright
 # make format   let ruff rewrite what it can
 # make clean    remove the environments and what the tools left behind; training runs stay
@@ -12,7 +13,7 @@ RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 CORE := tests/test_coupling.py tests/test_reversible.py tests/test_conv.py tests/test_models.py
 
-.PHONY: help train test test-core lint format clean interpreter
+.PHONY: help train test test-core bench environment lint format clean interpreter
 .NOTPARALLEL:
 
 help:
@@ -27,6 +28,12 @@ test: $(VENV)/test.stamp
 # The tests of the rule and the networks alone: what a further version of JAX has to pass.
 test-core: $(VENV)/test.stamp
 	$(PYTEST) $(CORE) $(ARGS)
+
+bench: $(VENV)/test.stamp
+	$(RUN) benchmarks/speed.py $(ARGS)
+
+# What the others make first, alone.
+environment: $(VENV)/test.stamp
 
 lint: $(VENV)/test.stamp
 	$(RUN) -m ruff check

@@ -3,6 +3,7 @@
 They come with abstract arguments: the network is never made.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from revjax.grid import DEFAULT_GRID_BITS
 from revjax.models import ARCHITECTURES
 from revjax.resnet import ResNet
 from revjax.revnet import RevNet
@@ -29,16 +31,25 @@ def usual_image(name: str) -> int:
 
 
 def abstract_network(
-    name: str, backward: str, dtype: str, *, num_classes: int, times_deeper: int = 1
+    name: str,
+    backward: str,
+    dtype: str,
+    *,
+    num_classes: int,
+    grid_bits: int | None = DEFAULT_GRID_BITS,
+    times_deeper: int = 1,
 ) -> ResNet | RevNet:
     """A network of `list_models()` without its numbers.
 
     Args:
         name, backward, dtype, num_classes: as `create_model` takes them.
+        grid_bits: of a RevNet.
         times_deeper: what to multiply the units of every stage by.
     """
     architecture = ARCHITECTURES[name]
-    make: Any = RevNet if name.startswith("revnet") else ResNet
+    make: Any = ResNet
+    if name.startswith("revnet"):
+        make = functools.partial(RevNet, grid_bits=grid_bits)
     return nnx.eval_shape(
         lambda: make(
             [times_deeper * units for units in architecture.units],

@@ -52,14 +52,25 @@ def memory_report(
         >>> print(report.operations, report.argument_bytes, report.output_bytes)
         2000000000 8000000 4000000
     """
+    return compile_with_report(fn, *args, topology=topology, compiler_options=compiler_options)[1]
+
+
+def compile_with_report(
+    fn: Callable,
+    *args: Any,
+    topology: str | None = None,
+    compiler_options: dict[str, Any] | None = None,
+) -> tuple[Any, MemoryReport]:
+    """The compiled program, as `jax.stages.Compiled`, with what `memory_report` says of it."""
     if topology is not None:
         sharding = SingleDeviceSharding(find_device(topology))
         args = jax.tree.map(lambda leaf: _abstract(leaf, sharding), args)
     jitted: Any = fn if hasattr(fn, "trace") and hasattr(fn, "lower") else jax.jit(fn)
     began = time.perf_counter()
     traced = jitted.trace(*args)
-    memory = traced.lower().compile(compiler_options).memory_analysis()
+    compiled = traced.lower().compile(compiler_options)
     seconds = time.perf_counter() - began
+    memory = compiled.memory_analysis()
     if memory is None:
         raise ValueError(
             f"the compiler for {topology or jax.default_backend()} does not tell what memory a "
@@ -67,7 +78,7 @@ def memory_report(
         )
     arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
     temporary = memory.temp_size_in_bytes
-    return MemoryReport(
+    return compiled, MemoryReport(
         temporary_bytes=temporary,
         argument_bytes=arguments,
         output_bytes=outputs,

@@ -11,7 +11,8 @@ VENV := .venv$(if $(PYTHON),-$(notdir $(PYTHON)))
 RUN := $(VENV)/bin/python
 # Tests run side by side; ARGS="-n 0" runs them in one process, for a debugger.
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
-CORE := tests/test_coupling.py tests/test_reversible.py tests/test_conv.py tests/test_models.py
+CORE := tests/test_coupling.py tests/test_reversible.py tests/test_conv.py tests/test_models.py \
+	tests/test_recompute.py
 
 .PHONY: help train test test-core bench environment lint format clean interpreter
 .NOTPARALLEL:

@@ -25,8 +25,9 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from common import RESULTS, ROOT, environment, flatten, relative_error, shown_error
 from flax import nnx
+from gradients import flatten, relative_error, shown_error
+from record import RESULTS, ROOT, environment
 
 from revjax.data import load_dataset, normalize
 from revjax.training.checkpoints import Checkpoints

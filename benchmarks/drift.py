@@ -25,7 +25,9 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from common import RESULTS, ROOT, environment, flatten, relative_error, residual, shown_error
+from basic_block import residual
+from gradients import flatten, relative_error, shown_error
+from record import RESULTS, ROOT, environment
 
 import revjax
 from revjax.training.summary import device_name

@@ -35,8 +35,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import RESULTS, ROOT, environment, flatten, relative_error, shown_error
 from flax import nnx
+from gradients import flatten, relative_error, shown_error
+from record import RESULTS, ROOT, environment
 
 import revjax
 from revjax.data import Dataset, batch_indices, load_dataset, normalize

@@ -21,7 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import matplotlib
-from common import RESULTS, ROOT, environment, residual
+from basic_block import residual
+from record import RESULTS, ROOT, environment
 
 import revjax
 from revjax.reversible import Backward

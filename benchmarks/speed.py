@@ -1,16 +1,16 @@
 """Time of a gradient, or of a training step, by each way to it, side by side.
 
-Command:   python benchmarks/speed.py [chain] [network] [--depths 16] [--models revnet110] [--smoke]
+Command:   python benchmarks/speed.py [chain] [network] [--depths 16] [--models NAME] [--json FILE]
 Hardware:  any; nothing else should run on it
 Figures:   benchmarks/results/speed.json, told in docs/performance.md
 
 chain      the gradient, by parameters and input, of a chain of blocks of two residual functions
            BN-ReLU-conv3x3-BN-ReLU-conv3x3, 32 images of 32x32 and 16 + 16 channels, float32
-network    the training step of a network of create_model, 32x32 images, as revjax.memory has it
+network    the training step of a RevNet of create_model, 32x32 images, as revjax.memory has it
 
 The forms take turns, step by step, so that what else the machine does falls on all of them; each
 figure is the median of their times, with the quartiles. Beside it stand the compiler's figures.
---smoke makes all of it small and writes nothing.
+--smoke makes all of it small.
 """
 
 # Calls with options chosen at run time, which no type checker can follow.
@@ -26,10 +26,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import RESULTS, environment, residual
+from basic_block import residual
 from flax import nnx
+from record import environment
 
 import revjax
+from revjax import list_models
 from revjax.memory.network import abstract_network, training_step
 from revjax.memory.report import MemoryReport, compile_with_report
 
@@ -147,16 +149,21 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["revnet110"])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--smoke", action="store_true", help="small, and nothing written")
-    parser.add_argument("--json", type=Path, default=RESULTS / "speed.json")
+    parser.add_argument("--smoke", action="store_true", help="a small form of all")
+    parser.add_argument("--json", type=Path, help="a file to add the figures to")
     arguments = parser.parse_args()
     chosen = arguments.studies or ["chain", "network"]
     if unknown := set(chosen) - {"chain", "network"}:
         parser.error(f"there is no study {', '.join(unknown)}; there are chain, network.")
 
+    if unknown := set(arguments.models) - {name for name in list_models() if "rev" in name}:
+        parser.error(f"--models: {', '.join(unknown)} is no RevNet of revjax.list_models().")
+    if min(arguments.depths) < 1 or arguments.batch < 1 or arguments.repeats < 1:
+        parser.error("--depths, --batch and --repeats must be 1 or more.")
     batch, side, repeats = arguments.batch, 32, arguments.repeats
     if arguments.smoke:
         batch, side, repeats = 2, 8, 1
+        arguments.depths, arguments.models = [2], ["revnet38"]
     studies = {}
     if "chain" in chosen:
         for depth in arguments.depths:
@@ -167,12 +174,14 @@ def main() -> None:
             title = f"{name}, training step, batch {batch}, {side}x{side}"
             studies[title] = partial(network_forms, name, batch, side)
 
-    record = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+    record: dict[str, Any] = {}
+    if arguments.json and arguments.json.exists():
+        record = json.loads(arguments.json.read_text())
     for title, make_forms in studies.items():
         rows = measure(make_forms(), repeats)
         print_table(title, rows)
         record[title] = {**environment(), "repeats": repeats, "forms": rows}
-        if not arguments.smoke:
+        if arguments.json:
             arguments.json.write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -19,6 +19,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType
 
+from revjax.trees import vary_as
+
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
@@ -58,13 +60,8 @@ def conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
     if AxisType.Explicit in mesh.axis_types:  # JAX's own gradients know their shardings
         return _conv(x, kernel, **options)
     # Under shard_map both operands, and so the transposes, vary over the same axes.
-    x, kernel = _vary_as(kernel, x), _vary_as(x, kernel)
+    x, kernel = vary_as(kernel, x), vary_as(x, kernel)
     return _conv_p.bind(x, kernel, **options)
-
-
-def _vary_as(other, x):
-    axes = jax.typeof(other).mat.varying - jax.typeof(x).mat.varying
-    return lax.pcast(x, tuple(axes), to="varying") if axes else x
 
 
 def _conv(x, kernel, *, stride, padding):

@@ -2,37 +2,46 @@
 
 A program that computes a value twice, to return it and to differentiate it, is one that a compiler
 would rather compute once and store. `jax.checkpoint` prevents that by `lax.optimization_barrier`,
-which XLA:CPU drops. `after` holds there too.
+which XLA:CPU drops in JAX 0.10. `after` holds there too.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from revjax.trees import PyTree, merge, partition, vjp
+from revjax.trees import PyTree, merge, partition, vary_as, vjp
 
 
 def after(x: PyTree, dependency: PyTree) -> PyTree:
     """Return x, bit for bit, as values that cannot be had before those of `dependency`.
 
-    Nor can the compiler tell that they are x. Leaves that are not floating are left alone.
+    Nor can the compiler tell that they are x. Leaves of either that are not floating play no part.
     """
-
-    def barrier(x, dependency):
-        return jax.lax.optimization_barrier((x, dependency))[0]
-
-    def branch(x, dependency):
-        holds = jnp.bool_(True)
-        for leaf in jax.tree.leaves(dependency):
-            bits = jnp.dtype(f"uint{8 * leaf.real.dtype.itemsize}")
-            holds &= (jax.lax.bitcast_convert_type(leaf.real, bits) | bits.type(1) != 0).all()
-        return jax.lax.cond(holds, lambda x: x, lambda x: jax.tree.map(jnp.zeros_like, x), x)
-
     floating, others = partition(x)
     dependency, _ = partition(dependency)
-    ordered = jax.lax.platform_dependent(floating, dependency, cpu=branch, default=barrier)
+    for leaf in jax.tree.leaves(dependency):
+        floating = jax.tree.map(partial(vary_as, leaf), floating)
+    ordered = jax.lax.platform_dependent(floating, dependency, cpu=_branch, default=_barrier)
     return merge(ordered, others)
+
+
+def _barrier(x, dependency):
+    return jax.lax.optimization_barrier((x, dependency))[0]
+
+
+def _branch(x, dependency):
+    """Return x if something holds that is true of all numbers, which the compiler does not know."""
+    holds = jnp.bool_(True)
+    for leaf in jax.tree.leaves(dependency):
+        bits = jnp.dtype(f"uint{8 * leaf.real.dtype.itemsize}")
+        holds &= (jax.lax.bitcast_convert_type(leaf.real, bits) | bits.type(1) != 0).all()
+
+    def zeros(x):
+        return jax.tree.map(lambda leaf: vary_as(leaf, jnp.zeros_like(leaf)), x)
+
+    return jax.lax.cond(holds, lambda x: x, zeros, x)
 
 
 def recompute(fun: Callable, x: PyTree, *operands: PyTree) -> tuple[PyTree, PyTree]:
@@ -48,7 +57,7 @@ def recompute(fun: Callable, x: PyTree, *operands: PyTree) -> tuple[PyTree, PyTr
     def backward(saved, cotangents):
         x, *operands = saved
         dy = partition(cotangents[0])[0]
-        _, pullback = vjp(lambda *all: fun(*all)[0], after(x, dy), *operands)
+        _, pullback = vjp(lambda x, *rest: fun(after(x, dy), *rest)[0], x, *operands)
         return pullback(dy), None
 
     rule = jax.custom_vjp(forward)

@@ -69,7 +69,7 @@ class ResNet(nnx.Module):
         bottleneck: residual functions of 1x1, 3x3, 1x1 convolutions instead of two 3x3.
         large_images: the ImageNet stem, which reduces height and width by four.
         backward: "store" keeps activations for the gradient; "remat" keeps the input of each unit
-            and recomputes the rest.
+            and recomputes the rest. Only "store" has forward mode.
         dtype: what convolutions compute in; the stream, statistics and parameters are float32, or
             float64 where dtype is.
         rngs: with a stream "params".

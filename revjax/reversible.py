@@ -17,6 +17,7 @@ stores the activations of the chain. Where blocks change shape, or parameters ou
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, TypedDict, Unpack
 
 import jax
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 from revjax.contract import check_pair
 from revjax.coupling import Coupling, additive
 from revjax.grid import GridBits, stream_bound, stream_peak
-from revjax.recompute import after
+from revjax.recompute import after, recompute
 from revjax.segments import close, lay_out
 from revjax.trees import PyTree, add, is_inexact, merge, partition, vjp
 
@@ -132,13 +133,21 @@ def rev_chain_apply(
         >>> print(rev_chain_inverse(dense, dense, (w, w), y)[0][0])
         [1. 1. 1.]
     """
-    chain, options = (f, g, params, xs), (coupling, grid_bits, has_aux, unroll, backward)
-    y, (aux,) = apply_chains([chain], x, args, *options, range_check)
+    options: Any = (coupling, grid_bits, has_aux, unroll, backward, range_check)
+    y, (aux,) = apply_chains([(f, g, params, xs)], x, args, *options)
     return (y, aux) if has_aux else y
 
 
 def apply_chains(
-    chains, x, args, coupling, grid_bits, has_aux, unroll, backward, range_check
+    chains: list[tuple[Callable, Callable, Pair | list[Pair], PyTree]],
+    x: Pair,
+    args: tuple[PyTree, ...],
+    coupling: Coupling,
+    grid_bits: GridBits,
+    has_aux: bool,
+    unroll: int | bool,
+    backward: Backward,
+    range_check: Callable[[jax.Array, float], object] | None,
 ) -> tuple[Pair, list[Any]]:
     """Apply chains `(f, g, params, xs)` in turn, as one: nothing is saved in between.
 
@@ -152,6 +161,8 @@ def apply_chains(
         y, auxes, peaks = _reversible(segments, operands, x, unroll, track)
     else:
         remat = backward == "remat"
+        if remat:
+            segments, operands = _closed(segments, operands, x)
         y, auxes, peaks = _forward_chain(segments, operands, x, unroll, track, remat)
     if track:
         bounds = [stream_bound(bits, a.dtype) for a in jax.tree.leaves(partition(x)[0])]
@@ -255,14 +266,16 @@ def _run(step, carry, segment, params, xs, unroll, reverse=False):
 def _forward_chain(segments, operands, x, unroll, track, remat=False):
     auxes, peaks = [], []
     for segment, (params, xs, shared) in zip(segments, operands, strict=True):
+        alone = remat and segment.depth is None
 
-        def step(x, per_block, block=segment.block, shared=shared):
-            params, xs = per_block
-            y, aux = _forward(block, x, params, xs, shared)
+        def step(x, per_block, block=segment.block, shared=shared, alone=alone):
+            apply = partial(_forward, block)
+            call: Any = partial(recompute, apply) if alone else apply
+            y, aux = call(x, *per_block, shared)
             return y, (aux, stream_peak(y) if track else None)
 
-        if remat:
-            step = jax.checkpoint(step, prevent_cse=segment.depth is None)
+        if remat and segment.depth is not None:
+            step = jax.checkpoint(step, prevent_cse=False)  # scan keeps CSE away
         x, (aux, peak) = _run(step, x, segment, params, xs, unroll)
         auxes.append(aux)
         peaks.append(peak)
@@ -288,10 +301,14 @@ def _backward_chain(segments, operands, y, dy, unroll):
     return dy, doperands[::-1]
 
 
+def _closed(segments, operands, x):
+    closed = [close(segment, ops, x) for segment, ops in zip(segments, operands, strict=True)]
+    return [segment for segment, _ in closed], [ops for _, ops in closed]
+
+
 def _reversible(segments, operands, x, unroll, track):
     """`_forward_chain` under the rule: the operands and y are saved, and nothing else."""
-    closed = [close(segment, ops, x) for segment, ops in zip(segments, operands, strict=True)]
-    segments, operands = [segment for segment, _ in closed], [ops for _, ops in closed]
+    segments, operands = _closed(segments, operands, x)
 
     def chain(floating, others):
         x, operands = merge(floating, others)

@@ -246,6 +246,7 @@ class RevNet(nnx.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         """`[B, H, W, in_channels] -> [B, num_classes]`, in the dtype of the stream."""
         check_images(images, self.in_channels)
+        images = images.astype(self.stem.dtype)
         x = self.stem(images) if self.store else call_recomputed(self.stem, images)
         x1, x2 = jnp.split(x, 2, axis=-1)
         for stage in self.stages:

@@ -38,6 +38,12 @@ def add(a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: a + b, a, b)
 
 
+def vary_as(other: jax.Array, x: jax.Array) -> jax.Array:
+    """Return x, under `shard_map` as one that varies over the axes that `other` varies over too."""
+    axes = jax.typeof(other).mat.varying - jax.typeof(x).mat.varying
+    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
+
+
 def vjp(fun: Callable, *operands: PyTree) -> tuple[PyTree, Callable[[PyTree], tuple]]:
     """`jax.vjp` in which only floating leaves have cotangents.
 

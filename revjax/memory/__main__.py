@@ -1,8 +1,10 @@
 """What the training step of a network needs, by each way to its gradient: see --help."""
 
 import argparse
+import math
 import re
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from revjax.memory.network import (
     ways_of,
 )
 from revjax.memory.report import MemoryReport, memory_report
-from revjax.memory.target import BACKENDS, find_device
+from revjax.memory.target import find_device
 from revjax.models import list_models
 from revjax.resnet import ResNet
 from revjax.revnet import RevNet
@@ -35,8 +37,8 @@ STYLES = {
 
 def parse_bytes(text: str) -> int:
     """Parse a size such as "16GB", a power of ten, or "16GiB", a power of two."""
-    match = re.fullmatch(r"([\d.]+) *([A-Za-z]*)", text)
-    if match is None or match[2] not in UNITS:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Za-z]*)", text)
+    if match is None or match[2] not in UNITS or not float(match[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is no size: give one such as 16GB or 900MiB.")
     return int(float(match[1]) * UNITS[match[2]])
 
@@ -78,6 +80,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         )
     if arguments.plot and not arguments.plot.parent.is_dir():
         parser.error(f"--plot: there is no folder {arguments.plot.parent}.")
+    if arguments.plot and arguments.plot.suffix != ".png":
+        parser.error(f"--plot: {arguments.plot} is no .png.")
     return arguments
 
 
@@ -87,7 +91,7 @@ def report_of(
     """The report of a training step, of a network some times deeper than asked for."""
     network = network_of(arguments, way, factor)
     step, operands = training_step(network, batch, arguments.image)
-    return memory_report(step, *operands, topology=arguments.topology, **options)
+    return reported(step, *operands, topology=arguments.topology, **options)
 
 
 def network_of(arguments: argparse.Namespace, way: str, factor: int = 1) -> ResNet | RevNet:
@@ -108,9 +112,9 @@ def only_memory(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"compiler_options": {"xla_backend_optimization_level": 0}}  # of machine code alone
 
 
-def megabytes(count: int) -> str:
+def megabytes(count: float) -> str:
     """Bytes as a cell of the table."""
-    return f"{count / 1e6:,.1f}"
+    return f"{count / 1e6:,.1f}" if count < math.inf else "too much"
 
 
 def table(arguments: argparse.Namespace) -> dict[str, dict[str, str]]:
@@ -124,7 +128,7 @@ def table(arguments: argparse.Namespace) -> dict[str, dict[str, str]]:
         stages = stage_gradients(network_of(arguments, way), arguments.batch, arguments.image)
         for number, (gradient, operands) in enumerate(() if arguments.whole else stages, 1):
             tell(f"compiling {way}, stage {number}")
-            report = memory_report(
+            report = reported(
                 gradient, *operands, topology=arguments.topology, **only_memory(arguments)
             )
             put(f"stage {number} alone, temporary MB", way, megabytes(report.temporary_bytes))
@@ -133,8 +137,9 @@ def table(arguments: argparse.Namespace) -> dict[str, dict[str, str]]:
         put("training step, temporary MB", way, megabytes(report.temporary_bytes))
         put("its arguments, MB", way, megabytes(report.argument_bytes))
         put("its peak, MB", way, megabytes(report.peak_bytes))
-        put("its operations, 10^9", way, f"{report.operations / 1e9:,.1f}")
-        put("time to compile, s", way, f"{report.compile_seconds:.1f}")
+        fits = report.peak_bytes < math.inf
+        put("its operations, 10^9", way, f"{report.operations / 1e9:,.1f}" if fits else "")
+        put("time to compile, s", way, f"{report.compile_seconds:.1f}" if fits else "")
         if arguments.fits:
             tell(f"compiling {way}, the largest batch")
             known = {arguments.batch: report.peak_bytes}
@@ -144,9 +149,23 @@ def table(arguments: argparse.Namespace) -> dict[str, dict[str, str]]:
     return rows
 
 
-def peak_bytes(arguments: argparse.Namespace, way: str, batch: int) -> int:
+def peak_bytes(arguments: argparse.Namespace, way: str, batch: int) -> float:
     """The peak of a training step."""
     return report_of(arguments, way, batch, **only_memory(arguments)).peak_bytes
+
+
+def reported(fn: Callable, *operands: Any, **options: Any) -> MemoryReport:
+    """What `memory_report` says, or infinite needs where the compiler says that they are too large.
+
+    That for TPUs refuses what does not fit one.
+    """
+    try:
+        return memory_report(fn, *operands, **options)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        needs: Any = [math.inf] * len(MemoryReport._fields)
+        return MemoryReport(*needs)
 
 
 def tell(text: str) -> None:
@@ -200,7 +219,7 @@ def main(argv: list[str]) -> int | str:
     """Run the command line; return the exit status, or the sentence to end with."""
     arguments = parse_arguments(argv)
     try:
-        if arguments.topology not in (None, *BACKENDS):
+        if arguments.topology == "h100" or ":" in (arguments.topology or ""):
             jax.config.update("jax_platforms", "cpu")  # the device is described, not looked for
         if arguments.topology:
             find_device(arguments.topology)

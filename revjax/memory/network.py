@@ -4,7 +4,8 @@ They come with abstract arguments: the network is never made.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -120,26 +121,31 @@ def stage_gradients(network: ResNet | RevNet, batch: int, image: int) -> Iterato
 
 
 def largest_batch(
-    peak_bytes: Callable[[int], int], available: int, known: dict[int, int] | None = None
+    peak_bytes: Callable[[int], float], available: int, known: Mapping[int, float] | None = None
 ) -> int:
     """The largest batch whose peak is at most `available` bytes, to 1%; 0 if not even 1 fits.
 
     Args:
         peak_bytes: of a batch. Each call may compile a program, so it is asked few times: it is
             nearly affine, and the line through the two nearest that are known tells the next.
+            Infinite where it is too large to say.
         available: bytes.
         known: peaks by batch, if some are.
     """
-    peaks = {0: 0} | (known or {1: peak_bytes(1)})
+    peaks = {0: 0.0, **(known or {1: peak_bytes(1)})}
     while True:
         fits = max(batch for batch, peak in peaks.items() if peak <= available)
         too_large = min((batch for batch, peak in peaks.items() if peak > available), default=None)
         tolerance = max(1, fits // 100)
         if too_large is not None and too_large - fits <= tolerance:
             return fits
-        a, b = sorted(peaks, key=lambda batch: abs(peaks[batch] - available))[:2]
-        slope = max((peaks[b] - peaks[a]) / (b - a), 1)
-        batch = max(int(a + (available - peaks[a]) / slope), fits + tolerance)
+        finite = [batch for batch, peak in peaks.items() if peak < math.inf]
+        if len(finite) > 1:
+            a, b = sorted(finite, key=lambda batch: abs(peaks[batch] - available))[:2]
+            slope = max((peaks[b] - peaks[a]) / (b - a), 1)
+            batch = max(int(a + (available - peaks[a]) / slope), fits + tolerance)
+        else:
+            batch = 1 if too_large is None else too_large // 2
         if too_large is None:
             batch = min(batch, 64 * max(peaks))
         elif batch >= too_large or len(peaks) > 8:

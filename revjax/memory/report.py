@@ -18,7 +18,7 @@ class MemoryReport(NamedTuple):
     argument_bytes: int
     output_bytes: int  # the part that takes donated arguments' place included
     peak_bytes: int  # the most that the program holds at once, all of the above included
-    operations: int  # of matrix products and convolutions, as traced, loops multiplied out
+    operations: int  # of matrix products and convolutions as traced, loops multiplied out
     compile_seconds: float  # tracing included
 
 
@@ -33,6 +33,7 @@ def memory_report(
     Args:
         fn: a function that `jax.jit` can compile, or a jitted one, whose donation then counts.
         args: pytrees of arrays or of `jax.ShapeDtypeStruct`, larger than the machine if need be.
+            With a topology, there must be an array, and no static argument.
         topology: what to compile for. None is JAX's default device; "cpu", "gpu" or "tpu" another
             backend of this process; "h100", or one of TPUs such as "v5e:2x2", a device that need
             not be there, if its compiler is installed.
@@ -43,7 +44,8 @@ def memory_report(
         temporaries: all have their places for the whole run of a program.
 
     Raises:
-        ValueError: there is no such topology, or its compiler does not tell what memory it needs.
+        ValueError: there is no such topology, or no argument to compile for it; or its compiler
+            does not tell what memory a program needs.
         RuntimeError: the compiler for the topology is not installed.
 
     Example:
@@ -63,6 +65,11 @@ def compile_with_report(
 ) -> tuple[Any, MemoryReport]:
     """The compiled program, as `jax.stages.Compiled`, with what `memory_report` says of it."""
     if topology is not None:
+        if not jax.tree.leaves(args):
+            raise ValueError(
+                f"topology={topology!r}: the device goes with the arguments, and there is no array "
+                "among them; make a constant of the function an argument."
+            )
         sharding = SingleDeviceSharding(find_device(topology))
         args = jax.tree.map(lambda leaf: _abstract(leaf, sharding), args)
     jitted: Any = fn if hasattr(fn, "trace") and hasattr(fn, "lower") else jax.jit(fn)

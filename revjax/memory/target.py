@@ -70,8 +70,8 @@ def find_device(topology: str) -> Any:
 
 
 def _describe_gpu(description: str) -> Any:
-    plugin = "jax_cuda13_plugin"
-    if importlib.util.find_spec(plugin) is None:
+    plugins = "jax_cuda13_plugin", "jax_cuda12_plugin"
+    if all(importlib.util.find_spec(plugin) is None for plugin in plugins):
         raise RuntimeError(
             "to compile for an H100, install the compiler for it, CUDA's for JAX: "
             'pip install "jax[cuda13]".'
@@ -100,5 +100,6 @@ def _describe_tpu(name: str) -> Any:
         return topologies.get_topology_desc(name, platform="tpu").devices[0]
     except Exception as error:  # libtpu's own, of no common class
         raise ValueError(
-            f'topology={name!r} is none that libtpu knows ({error}): try "v5e:2x2".'
+            f'topology={name!r}: libtpu does not describe it ({error}); "v5e:2x2" is one that it '
+            "knows."
         ) from error

@@ -133,8 +133,10 @@ def rev_chain_apply(
         >>> print(rev_chain_inverse(dense, dense, (w, w), y)[0][0])
         [1. 1. 1.]
     """
-    options: Any = (coupling, grid_bits, has_aux, unroll, backward, range_check)
-    y, (aux,) = apply_chains([(f, g, params, xs)], x, args, *options)
+    chain = f, g, params, xs
+    y, (aux,) = apply_chains(
+        [chain], x, args, coupling, grid_bits, has_aux, unroll, backward, range_check
+    )
     return (y, aux) if has_aux else y
 
 
@@ -161,8 +163,6 @@ def apply_chains(
         y, auxes, peaks = _reversible(segments, operands, x, unroll, track)
     else:
         remat = backward == "remat"
-        if remat:
-            segments, operands = _closed(segments, operands, x)
         y, auxes, peaks = _forward_chain(segments, operands, x, unroll, track, remat)
     if track:
         bounds = [stream_bound(bits, a.dtype) for a in jax.tree.leaves(partition(x)[0])]
@@ -265,8 +265,9 @@ def _run(step, carry, segment, params, xs, unroll, reverse=False):
 
 def _forward_chain(segments, operands, x, unroll, track, remat=False):
     auxes, peaks = [], []
-    for segment, (params, xs, shared) in zip(segments, operands, strict=True):
+    for segment, own in zip(segments, operands, strict=True):
         alone = remat and segment.depth is None
+        segment, (params, xs, shared) = close(segment, own, x) if alone else (segment, own)
 
         def step(x, per_block, block=segment.block, shared=shared, alone=alone):
             apply = partial(_forward, block)
@@ -301,14 +302,10 @@ def _backward_chain(segments, operands, y, dy, unroll):
     return dy, doperands[::-1]
 
 
-def _closed(segments, operands, x):
-    closed = [close(segment, ops, x) for segment, ops in zip(segments, operands, strict=True)]
-    return [segment for segment, _ in closed], [ops for _, ops in closed]
-
-
 def _reversible(segments, operands, x, unroll, track):
     """`_forward_chain` under the rule: the operands and y are saved, and nothing else."""
-    segments, operands = _closed(segments, operands, x)
+    closed = [close(segment, own, x) for segment, own in zip(segments, operands, strict=True)]
+    segments, operands = [segment for segment, _ in closed], [own for _, own in closed]
 
     def chain(floating, others):
         x, operands = merge(floating, others)

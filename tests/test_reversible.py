@@ -615,18 +615,25 @@ def test_within_shard_map():
 # Options ----------------------------------------------------------------------------------------
 
 
-def test_unroll_and_depth_zero(x64):
+def test_unroll_changes_no_gradient(x64):
     params, x = small()
     once = jax.grad(loss_of(rev_chain_apply))(params, x)
     for unroll in (2, True):
         apply = partial(rev_chain_apply, unroll=unroll)
         assert relative_error(jax.grad(loss_of(apply))(params, x), once) <= 1e-12
-    for empty in ((jnp.zeros((0, 3, 3)), jnp.zeros((0, 3, 3))), []):
-        y = rev_chain_apply(dense, dense, empty, x)
-        chex.assert_trees_all_equal(y, revjax.round_to_grid(x, 14))
-        chex.assert_trees_all_equal(rev_chain_inverse(dense, dense, empty, y), y)
-        dx = jax.grad(lambda x, empty=empty: value(rev_chain_apply(dense, dense, empty, x)))(x)
-        chex.assert_trees_all_close(dx, jax.grad(value)(revjax.round_to_grid(x, 14)))
+
+
+@pytest.mark.parametrize("scanned", [True, False])
+@pytest.mark.parametrize("backward", ["reversible", "remat", "store"])
+def test_chain_without_blocks_rounds_its_input(backward, scanned, x64):
+    _, x = small()
+    empty = (jnp.zeros((0, 3, 3)), jnp.zeros((0, 3, 3))) if scanned else []
+    apply = partial(rev_chain_apply, dense, dense, empty, backward=backward)
+    y = apply(x)
+    chex.assert_trees_all_equal(y, revjax.round_to_grid(x, 14))
+    chex.assert_trees_all_equal(rev_chain_inverse(dense, dense, empty, y), y)
+    dx = jax.grad(lambda x: value(apply(x)))(x)
+    chex.assert_trees_all_close(dx, jax.grad(value)(revjax.round_to_grid(x, 14)))
 
 
 @pytest.mark.parametrize("scanned", [True, False])

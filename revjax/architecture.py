@@ -32,13 +32,14 @@ def check_architecture(
     *,
     bottleneck: bool,
     backward: str,
+    unroll: int | bool,
     ways: Sequence[str],
     halves: bool = False,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Raise a ValueError that names what no network can have.
 
     Args:
-        units, filters, bottleneck, backward: as `ResNet` and `RevNet` take them.
+        units, filters, bottleneck, backward, unroll: as `ResNet` and `RevNet` take them.
         ways: what backward may be.
         halves: the channels are split into two halves.
 
@@ -48,6 +49,8 @@ def check_architecture(
     units, filters = integers("units", units), integers("filters", filters)
     if backward not in ways:
         raise ValueError(f"backward={backward!r}: give one of {', '.join(ways)}.")
+    if unroll is not True:
+        integer("unroll", unroll)
     if len(filters) != len(units) + 1:
         raise ValueError(
             f"filters={filters} and units={units}: give one width more than stages, the first for "

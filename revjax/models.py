@@ -56,6 +56,7 @@ def create_model(
     in_channels: int = 3,
     backward: str | None = None,
     grid_bits: GridBits = "default",
+    unroll: int | bool = 1,
     dtype: Any = jnp.float32,
     units: Sequence[int] | None = None,
     filters: Sequence[int] | None = None,
@@ -75,6 +76,7 @@ def create_model(
         backward: how the gradient is found, see `RevNet`: "reversible" (the default of a RevNet),
             "remat" or "store" (the default of a ResNet, which cannot be "reversible").
         grid_bits: see `RevNet`; by default 14 for a RevNet. A ResNet has no grid.
+        unroll: see `RevNet`.
         dtype: what convolutions compute in: float32, bfloat16, float16 or float64.
         units, filters, bottleneck: of an architecture of one's own, see `RevNet`.
 
@@ -119,6 +121,7 @@ def create_model(
         in_channels=in_channels,
         bottleneck=architecture.bottleneck,
         large_images=architecture.large_images,
+        unroll=unroll,
         dtype=dtype,
     )
     if backward is not None:

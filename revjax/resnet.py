@@ -28,9 +28,22 @@ class ResidualStage(nnx.Module):
     """A unit that may change shape, then `depth - 1` equal ones, run by one `lax.scan`."""
 
     def __init__(
-        self, inputs, outputs, stride, depth, *, preactivate, backward, bottleneck, dtype, rngs
+        self,
+        inputs,
+        outputs,
+        stride,
+        depth,
+        *,
+        preactivate,
+        backward,
+        unroll,
+        bottleneck,
+        dtype,
+        rngs,
     ):
         self.remat = backward == "remat"
+        self.unroll = unroll
+        self.no_loop = unroll is True or depth - 1 <= unroll  # which would keep CSE away
         kind = dict(bottleneck=bottleneck, dtype=dtype)
         self.first = ResidualUnit(
             inputs, outputs, stride, preactivate=preactivate, rngs=rngs, **kind
@@ -51,8 +64,8 @@ class ResidualStage(nnx.Module):
             return apply(*unit, x)
 
         if self.remat:
-            step = jax.checkpoint(step, prevent_cse=False)  # scan keeps CSE away
-        x, statistics = jax.lax.scan(step, x, (params, statistics))
+            step = jax.checkpoint(step, prevent_cse=self.no_loop)
+        x, statistics = jax.lax.scan(step, x, (params, statistics), unroll=self.unroll)
         nnx.update(self.rest, jax.lax.stop_gradient(statistics))
         return x
 
@@ -70,6 +83,7 @@ class ResNet(nnx.Module):
         large_images: the ImageNet stem, which reduces height and width by four.
         backward: "store" keeps activations for the gradient; "remat" keeps the input of each unit
             and recomputes the rest. Only "store" has forward mode.
+        unroll: as in `RevNet`.
         dtype: what convolutions compute in; the stream, statistics and parameters are float32, or
             float64 where dtype is.
         rngs: with a stream "params".
@@ -85,11 +99,17 @@ class ResNet(nnx.Module):
         bottleneck: bool = False,
         large_images: bool = False,
         backward: Literal["store", "remat"] = "store",
+        unroll: int | bool = 1,
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
         units, filters = check_architecture(
-            units, filters, bottleneck=bottleneck, backward=backward, ways=("store", "remat")
+            units,
+            filters,
+            bottleneck=bottleneck,
+            backward=backward,
+            unroll=unroll,
+            ways=("store", "remat"),
         )
         num_classes = integer("num_classes", num_classes)
         self.in_channels = in_channels = integer("in_channels", in_channels)
@@ -106,6 +126,7 @@ class ResNet(nnx.Module):
                     depth,
                     preactivate=i > 0,
                     backward=backward,
+                    unroll=unroll,
                     bottleneck=bottleneck,
                     **kind,
                 )

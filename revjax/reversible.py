@@ -276,7 +276,8 @@ def _forward_chain(segments, operands, x, unroll, track, remat=False):
             return y, (aux, stream_peak(y) if track else None)
 
         if remat and segment.depth is not None:
-            step = jax.checkpoint(step, prevent_cse=False)  # scan keeps CSE away
+            no_loop = unroll is True or segment.depth <= unroll  # which would keep CSE away
+            step = jax.checkpoint(step, prevent_cse=no_loop)
         x, (aux, peak) = _run(step, x, segment, params, xs, unroll)
         auxes.append(aux)
         peaks.append(peak)

@@ -29,7 +29,7 @@ class ReversibleChain(nnx.Module):
         make_f, make_g: a `nnx.Rngs` to a module that keeps the shape of `[B, H, W, C]`; its only
             variables are parameters and batch statistics.
         depth: the number of blocks; None for a single block run without `lax.scan`.
-        backward, grid_bits: as in `rev_chain_apply`.
+        backward, grid_bits, unroll: as in `rev_chain_apply`.
         rngs: with a stream "params".
     """
 
@@ -41,6 +41,7 @@ class ReversibleChain(nnx.Module):
         *,
         backward: Backward,
         grid_bits: int | None,
+        unroll: int | bool = 1,
         rngs: nnx.Rngs,
     ):
         self.scanned = depth is not None
@@ -48,6 +49,7 @@ class ReversibleChain(nnx.Module):
         self.g = make_g(rngs) if depth is None else stack(depth, make_g, rngs)
         self.backward: Backward = backward
         self.grid_bits = grid_bits
+        self.unroll = unroll
         self.use_running_average = False  # set by train() and eval()
         self.peak = None if grid_bits is None else StreamPeak(jnp.zeros((), jnp.float32))
 
@@ -61,9 +63,8 @@ class ReversibleChain(nnx.Module):
         In training mode the batch must be the one that gave y: its statistics are used again.
         """
         f, g, params, statistics = self.pure()
-        return rev_chain_inverse(
-            f, g, params, y, xs=statistics, has_aux=True, grid_bits=self.grid_bits
-        )
+        options: Any = dict(has_aux=True, grid_bits=self.grid_bits, unroll=self.unroll)
+        return rev_chain_inverse(f, g, params, y, xs=statistics, **options)
 
     def pure(self) -> tuple[Callable, Callable, Any, Any]:
         """The chain's f, g, params and xs, as `rev_chain_apply` takes them."""
@@ -97,7 +98,7 @@ def call_chains(chains: list[ReversibleChain], x: Pair) -> Pair:
         coupling=additive,
         grid_bits=first.grid_bits,
         has_aux=True,
-        unroll=1,
+        unroll=first.unroll,
         backward=first.backward,
         range_check=record if track else None,
     )
@@ -134,10 +135,21 @@ class RevStage(nnx.Module):
     """
 
     def __init__(
-        self, inputs, outputs, stride, depth, *, preactivate, backward, grid_bits, rngs, **kind
+        self,
+        inputs,
+        outputs,
+        stride,
+        depth,
+        *,
+        preactivate,
+        backward,
+        grid_bits,
+        unroll,
+        rngs,
+        **kind,
     ):
         inputs, outputs = inputs // 2, outputs // 2
-        rule = dict(backward=backward, grid_bits=grid_bits, rngs=rngs)
+        rule = dict(backward=backward, grid_bits=grid_bits, unroll=unroll, rngs=rngs)
 
         def first(rngs):
             return Residual(inputs, outputs, preactivate=preactivate, rngs=rngs, **kind)
@@ -192,6 +204,9 @@ class RevNet(nnx.Module):
             "store" has forward mode.
         grid_bits: the stream is kept on multiples of `2**-grid_bits`, which makes "reversible"
             exact; None for the plain float coupling. See `rev_chain_apply`.
+        unroll: units in one iteration of the loop over the equal units of a stage, as in
+            `lax.scan`; True leaves no loop. More take longer to compile; whether they take less
+            time or memory is the compiler's matter.
         dtype: what convolutions compute in; the stream, statistics and parameters are float32, or
             float64 where dtype is.
         rngs: with a stream "params".
@@ -208,6 +223,7 @@ class RevNet(nnx.Module):
         large_images: bool = False,
         backward: Backward = "reversible",
         grid_bits: int | None = DEFAULT_GRID_BITS,
+        unroll: int | bool = 1,
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -216,6 +232,7 @@ class RevNet(nnx.Module):
             filters,
             bottleneck=bottleneck,
             backward=backward,
+            unroll=unroll,
             ways=("reversible", "remat", "store"),
             halves=True,
         )
@@ -234,6 +251,7 @@ class RevNet(nnx.Module):
                 preactivate=i > 0,
                 backward=backward,
                 grid_bits=grid_bits,
+                unroll=unroll,
                 bottleneck=bottleneck,
                 dtype=dtype,
                 rngs=rngs,

@@ -163,10 +163,10 @@ def setting(dtype):
     return stack
 
 
-def make(kind, dtype="float32", backward=None, grid_bits: Any = "default") -> Any:
+def make(kind, dtype="float32", backward=None, grid_bits: Any = "default", unroll=1) -> Any:
     """The network without its arrays."""
     units, filters, bottleneck, large_images, _ = NETWORKS[kind]
-    options: dict[str, Any] = dict(backward=backward, dtype=jnp.dtype(dtype).type)
+    options: dict[str, Any] = dict(backward=backward, unroll=unroll, dtype=jnp.dtype(dtype).type)
     if kind.startswith("revnet"):
         options["grid_bits"] = grid_bits
     if large_images:  # has no name: a network of one unit instead of the table's
@@ -336,6 +336,17 @@ def test_statistics_of_the_stem_move_once():
 
 
 # Three ways to the gradient ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["revnet", "resnet"])
+def test_unrolled_units_are_the_same(kind):
+    with setting("float64"):
+        network = make(kind, "float64", unroll=True)
+        step = jax.jit(step_of(network), compiler_options=COMPILE_FAST)
+        arguments = draw_arrays(network), *batch(kind, "float64")
+        assert "while" not in step.lower(*arguments).as_text()
+        got = jax.device_get(step(*arguments))
+    assert relative_error(got, train_oracle(kind)) <= 1e-12
 
 
 @pytest.mark.parametrize("backward", ["reversible", "remat"])
@@ -626,6 +637,8 @@ def test_what_create_model_refuses(name, options, error, sentence):
         (ResNet, dict(backward="reversible"), "backward='reversible': give one of store, remat"),
         (RevNet, dict(backward="stroe"), "backward='stroe': give one of reversible, remat, store"),
         (RevNet, dict(filters=(8, 9)), r"filters=\(8, 9\): channels must be even"),
+        (RevNet, dict(unroll=0), "unroll=0: give a positive integer"),
+        (ResNet, dict(unroll="all"), "unroll='all': give a positive integer"),
         (ResNet, dict(units=()), r"units=\(\): give positive integers"),
     ],
 )

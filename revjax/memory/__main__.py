@@ -67,6 +67,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--topology", help="what to compile for: cpu, gpu, tpu, h100, v5e:2x2 [JAX's default]"
     )
     parser.add_argument("--deeper", type=positive, default=1, help="multiplies units a stage [1]")
+    parser.add_argument("--unroll", action="store_true", help="no loop over units: slow to compile")
     parser.add_argument("--whole", action="store_true", help="the training step, and no stages")
     parser.add_argument("--fits", type=parse_bytes, help="find the largest batch in, say, 16GB")
     parser.add_argument("--plot", type=Path, help="peak against depth and batch, a .png")
@@ -102,6 +103,7 @@ def network_of(arguments: argparse.Namespace, way: str, factor: int = 1) -> ResN
         arguments.dtype,
         num_classes=arguments.classes,
         times_deeper=factor * arguments.deeper,
+        unroll=arguments.unroll or 1,
     )
 
 
@@ -178,8 +180,10 @@ def title(arguments: argparse.Namespace) -> str:
     """What was compiled, and by what."""
     device = arguments.topology or jax.devices()[0].device_kind
     deeper = f" with {arguments.deeper} times its units" if arguments.deeper > 1 else ""
+    unrolled = ", unrolled" if arguments.unroll else ""
+    side = arguments.image
     return (
-        f"{arguments.model}{deeper}, batch {arguments.batch}, {arguments.image}x{arguments.image}, "
+        f"{arguments.model}{deeper}{unrolled}, batch {arguments.batch}, {side}x{side}, "
         f"{arguments.dtype}, compiled for {device} by JAX {jax.__version__}"
     )
 

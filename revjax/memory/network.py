@@ -39,6 +39,7 @@ def abstract_network(
     num_classes: int,
     grid_bits: int | None = DEFAULT_GRID_BITS,
     times_deeper: int = 1,
+    unroll: int | bool = 1,
 ) -> ResNet | RevNet:
     """A network of `list_models()` without its numbers.
 
@@ -46,6 +47,7 @@ def abstract_network(
         name, backward, dtype, num_classes: as `create_model` takes them.
         grid_bits: of a RevNet.
         times_deeper: what to multiply the units of every stage by.
+        unroll: as `create_model` takes it.
     """
     architecture = ARCHITECTURES[name]
     make: Any = ResNet
@@ -59,6 +61,7 @@ def abstract_network(
             bottleneck=architecture.bottleneck,
             large_images=architecture.large_images,
             backward=backward,
+            unroll=unroll,
             dtype=jnp.dtype(dtype),
             rngs=nnx.Rngs(0),
         )

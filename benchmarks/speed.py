@@ -1,188 +1,313 @@
-"""Time of a gradient, or of a training step, by each way to it, side by side.
+"""Time and memory of a gradient, or of a training step, by each way to it, side by side.
 
-Command:   python benchmarks/speed.py [chain] [network] [--depths 16] [--models NAME] [--json FILE]
-Hardware:  any; nothing else should run on it
-Figures:   benchmarks/results/speed.json, told in docs/performance.md
+Command:   python benchmarks/speed.py [chain] [network] [deep] [--depths 16] [--models NAME]
+Hardware:  a CPU with 24 GB of memory, on which nothing else should run; an hour in all
+Figures:   benchmarks/results/speed.json, .md and .png, told in docs/performance.md
 
 chain      the gradient, by parameters and input, of a chain of blocks of two residual functions
-           BN-ReLU-conv3x3-BN-ReLU-conv3x3, 32 images of 32x32 and 16 + 16 channels, float32
-network    the training step of a RevNet of create_model, 32x32 images, as revjax.memory has it
+           BN-ReLU-conv3x3-BN-ReLU-conv3x3, 32 images of 32x32 and 16 + 16 channels, float32;
+           in PyTorch and by MemCNN too, where the extra "bench" is installed
+network    the training step of a network of create_model, as revjax.memory has it
+deep       the same of a RevNet of 1,000 reversible units, which is 4,002 layers
 
-The forms take turns, step by step, so that what else the machine does falls on all of them; each
-figure is the median of their times, with the quartiles. Beside it stand the compiler's figures.
---smoke makes all of it small.
+Each way is a process of its own. They take turns, step by step, so that what else the machine
+does falls on all of them; a time is the median of their rounds, with the quartiles, after a round
+that is not counted. Long chains have fewer rounds, and beyond 64 blocks none that is not counted.
+What needs more memory than the machine has is left out. --smoke makes all of it small.
+
+The floor of a time is the operations over the rate of a product of two 2048x2048 matrices in this
+run. That of a chain's temporary memory is what must live as a block is differentiated: the stream
+and its cotangent, the output of a function's first convolution, and its cotangent: six halves of
+the stream; and before, for each block that has yet to be, what is kept of it: its input (two
+halves), or the inputs of its four convolutions.
 """
 
-# Calls with options chosen at run time, which no type checker can follow.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 import argparse
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 import time
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
-from basic_block import residual
-from flax import nnx
-from record import environment
+from record import RESULTS, environment
 
-import revjax
 from revjax import list_models
-from revjax.memory.network import abstract_network, training_step
-from revjax.memory.report import MemoryReport, compile_with_report
+from revjax.memory.network import usual_image
 
-STORED = ("stored, scanned", "stored, unrolled")
-UNROLLED_BLOCKS = 16  # at most: longer programs take minutes to compile
+matplotlib.use("agg")
+from matplotlib import pyplot as plt
 
+CHANNELS = 16
+UNROLLED = 16  # blocks, at most: longer programs take minutes to compile
+STUDIES = ("chain", "network", "deep")
 
-class Form(NamedTuple):
-    """A jitted function, arguments to run it on, and whether it takes the first one back."""
-
-    function: Any
-    arguments: tuple[Any, ...]
-    donates: bool
-
-
-def chain_forms(depth: int, batch: int, side: int, channels: int) -> dict[str, Form]:
-    """The ways to the gradient of a chain."""
-    keys = iter(jax.random.split(jax.random.key(0), 8))
-    shape = (depth, 3, 3, channels, channels)
-
-    def layer():
-        kernel = jax.random.normal(next(keys), shape) * (2 / (9 * channels)) ** 0.5
-        return jnp.ones((depth, 1, 1, 1, channels)), jnp.zeros((depth, 1, 1, 1, channels)), kernel
-
-    stacked = tuple(tuple(layer() for _ in range(2)) for _ in range(2))
-    x = tuple(jax.random.normal(next(keys), (2, batch, side, side, channels)))
-    listed = [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(depth)]
-
-    def form(params, backward, grid_bits):
-        def loss(params, x):
-            chain = dict(backward=backward, grid_bits=grid_bits)
-            y1, y2 = revjax.rev_chain_apply(residual, residual, params, x, **chain)
-            return (y1**2).sum() + (y2**2).sum()
-
-        return Form(jax.jit(jax.grad(loss, argnums=(0, 1))), (params, x), donates=False)
-
-    forms = {"stored, scanned": form(stacked, "store", None)}
-    if depth <= UNROLLED_BLOCKS:
-        forms["stored, unrolled"] = form(listed, "store", None)
-    return forms | {
-        "jax.checkpoint a block, scanned": form(stacked, "remat", None),
-        "reversible, no grid": form(stacked, "reversible", None),
-        "reversible, grid 2^-14": form(stacked, "reversible", 14),
-    }
+STORED, STORED_UNROLLED = "stored, scanned", "stored, unrolled"
+# Of rev_chain_apply and create_model.
+WAYS: dict[str, dict[str, Any]] = {
+    STORED: dict(backward="store", grid_bits=None),
+    STORED_UNROLLED: dict(backward="store", grid_bits=None, unroll=True),
+    "jax.checkpoint a block, scanned": dict(backward="remat", grid_bits=None),
+    "jax.checkpoint a block, unrolled": dict(backward="remat", grid_bits=None, unroll=True),
+    "reversible, no grid": dict(backward="reversible", grid_bits=None),
+    "reversible, grid 2^-14": dict(backward="reversible", grid_bits=14),
+}
+TORCH_WAYS = {"PyTorch": "plain", "PyTorch, checkpoint a block": "checkpoint", "MemCNN": "memcnn"}
+STORING = (STORED, STORED_UNROLLED, "PyTorch")
+KEPT_HALVES = {"store": 4, "remat": 2, "reversible": 0}
+# Colours of Okabe and Ito.
+STYLES = {
+    STORED: dict(color="#D55E00", marker="s"),
+    "jax.checkpoint a block, scanned": dict(color="#E69F00", marker="^"),
+    "reversible, grid 2^-14": dict(color="#0072B2", marker="o"),
+    "PyTorch": dict(color="#999999", marker="s", linestyle="--"),
+    "PyTorch, checkpoint a block": dict(color="#999999", marker="^", linestyle="--"),
+    "MemCNN": dict(color="#999999", marker="o", linestyle="--"),
+}
 
 
-def network_forms(name: str, batch: int, image: int) -> dict[str, Form]:
-    """The ways of a network's training step, from one initial state."""
-    ways = {
-        "stored, scanned": ("store", None),
-        "jax.checkpoint a block, scanned": ("remat", None),
-        "reversible, no grid": ("reversible", None),
-        "reversible, grid 2^-14": ("reversible", 14),
-    }
-    images = jax.random.normal(jax.random.key(1), (batch, image, image, 3))
-    labels = jnp.arange(batch, dtype=jnp.int32) % 10
-    forms = {}
-    for label, (backward, grid_bits) in ways.items():
-        network = abstract_network(name, backward, "float32", num_classes=10, grid_bits=grid_bits)
-        step, (abstract, _, _) = training_step(network, batch, image)
-        made = revjax.create_model(
-            name, 10, rngs=nnx.Rngs(0), backward=backward, grid_bits=grid_bits
-        )
-        _, params, variables = nnx.split(made, nnx.Param, ...)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract[2])
-        forms[label] = Form(step, ((params, variables, zeros), images, labels), donates=True)
-    return forms
+class Contestant:
+    """The process of one way: see contestant.py."""
+
+    def __init__(self, spec: dict[str, Any]):
+        program = Path(__file__).parent / "contestant.py"
+        command = [sys.executable, "-W", "ignore", program, json.dumps(spec)]
+        pipe: Any = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, **pipe)
+        self.spec = spec
+        self.facts = self.hear()
+
+    def hear(self) -> Any:
+        line = self.process.stdout.readline() if self.process.stdout else ""
+        if not line:
+            raise RuntimeError(f"{self.spec} ended with status {self.process.wait()}.")
+        return json.loads(line)
+
+    def ask(self, word: str) -> Any:
+        print(word, file=self.process.stdin, flush=True)
+        return self.hear()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
-def measure(forms: dict[str, Form], repeats: int) -> dict[str, dict[str, Any]]:
-    """A row for each form, after one round that is not counted."""
-    compiled: dict[str, Any] = {}
-    reports: dict[str, MemoryReport] = {}
-    for label, form in forms.items():
-        compiled[label], reports[label] = compile_with_report(form.function, *form.arguments)
-    arguments = {label: form.arguments for label, form in forms.items()}
-    seconds: dict[str, list[float]] = {label: [] for label in forms}
-    for _ in range(repeats + 1):
-        for label, form in forms.items():
-            began = time.perf_counter()
-            out = jax.block_until_ready(compiled[label](*arguments[label]))
-            seconds[label].append(time.perf_counter() - began)
-            if form.donates:
-                arguments[label] = (out, *arguments[label][1:])
-            del out
-    rows = {}
-    for label in forms:
-        low, median, high = np.percentile(seconds[label][1:], [25, 50, 75]).tolist()
-        rows[label] = {"seconds": median, "quartiles": [low, high], **reports[label]._asdict()}
-    stored = min(rows[label]["seconds"] for label in STORED if label in rows)
-    for row in rows.values():
-        row["time_against_stored"] = row["seconds"] / stored
+def memory_of_machine() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def operations_per_second() -> float:
+    """The rate of a product of two large matrices."""
+    a = jnp.ones((2048, 2048))
+    product = jax.jit(lambda a: a @ a)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        product(a).block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    return 2 * 2048**3 / min(seconds)
+
+
+def measure(specs: dict[str, dict[str, Any]], rounds: int, warm: bool) -> dict[str, dict[str, Any]]:
+    """A row for each way; it is None for one that needs more memory than there is."""
+    contestants: dict[str, Contestant] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    too_large = False
+    try:
+        for label, spec in specs.items():
+            if label in STORING and too_large:
+                continue
+            print(f"  {label}", file=sys.stderr, flush=True)
+            contestant = Contestant(spec)
+            rows[label] = contestant.facts
+            if contestant.facts.get("temporary_bytes", 0) > 0.7 * memory_of_machine():
+                too_large = True
+                contestant.end()
+            else:
+                contestants[label] = contestant
+        seconds = {label: [] for label in contestants}
+        for _ in range(rounds + warm):
+            for label, contestant in contestants.items():
+                seconds[label].append(contestant.ask("step"))
+        for label, contestant in contestants.items():
+            low, median, high = np.percentile(seconds[label][warm:], [25, 50, 75]).tolist()
+            rows[label] |= {"seconds": median, "quartiles": [low, high]}
+            rows[label]["process_peak_bytes"] = contestant.ask("end")
+    finally:
+        for contestant in contestants.values():
+            contestant.end()
+    stored = [rows[label].get("seconds") for label in (STORED, STORED_UNROLLED) if label in rows]
+    if stored := [seconds for seconds in stored if seconds]:
+        for row in rows.values():
+            if "seconds" in row:
+                row["time_against_stored"] = row["seconds"] / min(stored)
     return rows
 
 
-def print_table(title: str, rows: dict[str, dict[str, Any]]) -> None:
-    print(f"\n{title}\n")
-    print("| | time, s (quartiles) | against the faster stored | temporary MB | operations, 10^9 |")
-    print("|---|---|---|---|---|")
+def chain_specs(depth: int, batch: int, side: int, torch: bool) -> dict[str, dict[str, Any]]:
+    shape = dict(depth=depth, batch=batch, side=side, channels=CHANNELS)
+    specs = {
+        label: dict(study="chain", **shape, **options)
+        for label, options in WAYS.items()
+        if depth <= UNROLLED or "unroll" not in options
+    }
+    if torch:
+        specs |= {label: dict(study="torch", **shape, way=way) for label, way in TORCH_WAYS.items()}
+    return specs
+
+
+def network_specs(name: str, batch: int, side: int, **options: Any) -> dict[str, dict[str, Any]]:
+    return {
+        label: dict(study="network", name=name, batch=batch, side=side, **way, **options)
+        for label, way in WAYS.items()
+        if label != "jax.checkpoint a block, unrolled"
+    }
+
+
+def add_floors(rows: dict[str, Any], specs: dict[str, Any], rate: float) -> None:
+    """What the time and, of a chain, the temporary memory cannot be below."""
     for label, row in rows.items():
-        low, high = row["quartiles"]
+        spec = specs[label]
+        row["floor_seconds"] = row["operations"] / rate
+        if spec["study"] == "chain":
+            half = 4 * spec["batch"] * spec["side"] ** 2 * spec["channels"]
+            kept = KEPT_HALVES[spec["backward"]] * (spec["depth"] - 1)
+            row["floor_temporary_bytes"] = (6 + kept) * half
+
+
+def table(title: str, study: dict[str, Any]) -> str:
+    """A study in Markdown."""
+
+    def cell(row, key, unit=1.0, spec=",.1f"):
+        return f"{row[key] / unit:{spec}}" if key in row else ""
+
+    versions = ", ".join(f"{name} {version}" for name, version in study["versions"].items())
+    lines = [
+        f"## {title}\n",
+        f"{study['rounds']} rounds; {study['device']}, {study['platform']}; {versions}; "
+        f"{study['date']}\n",
+        "| | time, s (quartiles) | floor | against the faster stored | temporary MB | floor "
+        "| process peak MB | compile, s | operations, 10^9 |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for label, row in study["forms"].items():
+        seconds = "needs more memory than there is"
+        if "seconds" in row:
+            low, high = row["quartiles"]
+            seconds = f"{row['seconds']:.3g} ({low:.3g} to {high:.3g})"
         cells = [
-            f"{row['seconds']:.3g} ({low:.3g} to {high:.3g})",
-            f"{row['time_against_stored']:.2f}",
-            f"{row['temporary_bytes'] / 1e6:,.1f}",
-            f"{row['operations'] / 1e9:,.1f}",
+            seconds,
+            cell(row, "floor_seconds", spec=".2g"),
+            cell(row, "time_against_stored", spec=".2f"),
+            cell(row, "temporary_bytes", 1e6),
+            cell(row, "floor_temporary_bytes", 1e6),
+            cell(row, "process_peak_bytes", 1e6, ",.0f"),
+            cell(row, "compile_seconds"),
+            cell(row, "operations", 1e9),
         ]
-        print(f"| {label} | {' | '.join(cells)} |", flush=True)
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Time a block and process peak against depth, of the chains."""
+    chains = [study for title, study in record.items() if title.startswith("chain")]
+    figure, (times, peaks) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for label, style in STYLES.items():
+        done = [s for s in chains if "seconds" in s["forms"].get(label, {})]
+        done.sort(key=lambda study: study["depth"])
+        depths = [study["depth"] for study in done]
+        forms = [study["forms"][label] for study in done]
+        per_block = [1e3 * row["seconds"] / depth for row, depth in zip(forms, depths, strict=True)]
+        times.plot(depths, per_block, label=label, **style)
+        peaks.plot(depths, [row["process_peak_bytes"] / 1e9 for row in forms], **style)
+    for axes in (times, peaks):
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("blocks")
+        axes.grid(alpha=0.3)
+    times.set_ylim(bottom=0)
+    times.set_ylabel("time a block, ms")
+    times.legend(fontsize=8)
+    peaks.set_yscale("log")
+    peaks.set_ylabel("peak memory of the process, GB")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time by each way to the gradient.")
-    parser.add_argument("studies", nargs="*", default=[], help="chain, network [both]")
-    parser.add_argument("--depths", type=int, nargs="+", default=[16])
-    parser.add_argument("--models", nargs="+", default=["revnet110"])
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser = argparse.ArgumentParser(description="Time and memory by each way to a gradient.")
+    parser.add_argument("studies", nargs="*", help=f"{', '.join(STUDIES)} [all]")
+    parser.add_argument("--depths", type=int, nargs="+", default=[4, 16, 64, 256, 1024])
+    models = ["revnet38", "revnet110", "revnet164", "revnet104"]
+    parser.add_argument("--models", nargs="+", default=models)
+    parser.add_argument("--batch", type=int, default=32, help="8 for images of 224x224")
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--smoke", action="store_true", help="a small form of all")
-    parser.add_argument("--json", type=Path, help="a file to add the figures to")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the figures")
     arguments = parser.parse_args()
-    chosen = arguments.studies or ["chain", "network"]
-    if unknown := set(chosen) - {"chain", "network"}:
-        parser.error(f"there is no study {', '.join(unknown)}; there are chain, network.")
-
+    chosen = arguments.studies or STUDIES
+    if unknown := set(chosen) - set(STUDIES):
+        parser.error(f"there is no study {', '.join(unknown)}; there are {', '.join(STUDIES)}.")
     if unknown := set(arguments.models) - {name for name in list_models() if "rev" in name}:
         parser.error(f"--models: {', '.join(unknown)} is no RevNet of revjax.list_models().")
-    if min(arguments.depths) < 1 or arguments.batch < 1 or arguments.repeats < 1:
-        parser.error("--depths, --batch and --repeats must be 1 or more.")
-    batch, side, repeats = arguments.batch, 32, arguments.repeats
+    if min(arguments.depths) < 1 or arguments.batch < 1 or arguments.rounds < 1:
+        parser.error("--depths, --batch and --rounds must be 1 or more.")
+    if not arguments.results.is_dir():
+        parser.error(f"--results: there is no folder {arguments.results}.")
+    batch, side, rounds = arguments.batch, 32, arguments.rounds
+    deep: dict[str, Any] = dict(units=(334, 333, 333), filters=(32, 32, 64, 128))
     if arguments.smoke:
-        batch, side, repeats = 2, 8, 1
+        batch, side, rounds = 2, 8, 1
         arguments.depths, arguments.models = [2], ["revnet38"]
-    studies = {}
-    if "chain" in chosen:
-        for depth in arguments.depths:
-            title = f"chain of {depth} blocks, batch {batch}, {side}x{side}"
-            studies[title] = partial(chain_forms, depth, batch, side, 16)
-    if "network" in chosen:
-        for name in arguments.models:
-            title = f"{name}, training step, batch {batch}, {side}x{side}"
-            studies[title] = partial(network_forms, name, batch, side)
+        deep = dict(units=(2, 2), filters=(8, 8, 16))
+    torch = all(importlib.util.find_spec(name) for name in ("torch", "memcnn"))
+    if not torch:
+        print('PyTorch and MemCNN are left out: they come with pip install -e ".[bench]".')
 
-    record: dict[str, Any] = {}
-    if arguments.json and arguments.json.exists():
-        record = json.loads(arguments.json.read_text())
-    for title, make_forms in studies.items():
-        rows = measure(make_forms(), repeats)
-        print_table(title, rows)
-        record[title] = {**environment(), "repeats": repeats, "forms": rows}
-        if arguments.json:
-            arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+    studies: dict[str, tuple[dict[str, Any], int, int]] = {}
+    for depth in arguments.depths if "chain" in chosen else ():
+        title = f"chain of {depth} blocks, batch {batch}, {side}x{side}"
+        fewer = {64: 5, 256: 3}.get(depth, 1 if depth > 256 else rounds)
+        studies[title] = chain_specs(depth, batch, side, torch), min(rounds, fewer), depth
+    for name in arguments.models if "network" in chosen else ():
+        large = usual_image(name) > 32 and not arguments.smoke
+        size = (min(batch, 8), usual_image(name)) if large else (batch, side)
+        title = f"{name}, training step, batch {size[0]}, {size[1]}x{size[1]}"
+        studies[title] = network_specs(name, *size), min(rounds, 3) if large else rounds, 0
+    if "deep" in chosen:
+        units = sum(deep["units"])
+        title = f"RevNet of {units:,} units, training step, batch {batch}, {side}x{side}"
+        only = "reversible, grid 2^-14"
+        specs = {only: network_specs("revnet", batch, side, **deep)[only]}
+        studies[title] = specs, min(rounds, 2), 0
+
+    path = arguments.results / "speed.json"
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for title, (specs, study_rounds, depth) in studies.items():
+        print(title, file=sys.stderr, flush=True)
+        rows = measure(specs, study_rounds, warm=depth <= 64)
+        rate = operations_per_second()
+        add_floors(rows, specs, rate)
+        record[title] = {
+            **environment(),
+            "rounds": study_rounds,
+            "depth": depth,
+            "operations_per_second": rate,
+            "forms": rows,
+        }
+        print(table(title, record[title]), flush=True)
+        path.write_text(json.dumps(record, indent=2) + "\n")
+    order = sorted(record, key=lambda title: (record[title]["depth"] == 0, record[title]["depth"]))
+    record = {title: record[title] for title in order}
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    path.with_suffix(".md").write_text("\n".join(table(*item) for item in record.items()))
+    draw(record, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

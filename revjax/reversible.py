@@ -264,10 +264,10 @@ def _run(step, carry, segment, params, xs, unroll, reverse=False):
 
 
 def _forward_chain(segments, operands, x, unroll, track, remat=False):
-    auxes, peaks = [], []
+    auxes, peaks, like = [], [], x
     for segment, own in zip(segments, operands, strict=True):
         alone = remat and segment.depth is None
-        segment, (params, xs, shared) = close(segment, own, x) if alone else (segment, own)
+        segment, (params, xs, shared) = close(segment, own, like) if alone else (segment, own)
 
         def step(x, per_block, block=segment.block, shared=shared, alone=alone):
             apply = partial(_forward, block)

@@ -15,7 +15,7 @@ ROOT = Path(revjax.__file__).parent.parent
 @pytest.mark.parametrize(
     "command, expected",
     [
-        ("speed.py --smoke", "| reversible, grid 2^-14 |"),
+        ("speed.py --smoke --results {tmp}", "| reversible, grid 2^-14 |"),
         ("grid_bits.py untrained --smoke", "| (3, 3, 3) |"),
         ("memory_against_depth.py --depths 2 --png {tmp}/a.png --json {tmp}/a.json", "a list"),
         ("drift.py --depths 2 --seeds 1 --png {tmp}/a.png --json {tmp}/a.json", "| 2 blocks |"),

@@ -1,0 +1,124 @@
+"""One way to a gradient, in a process of its own, which steps when it is told to.
+
+speed.py starts it: `python contestant.py '{"study": "chain", ...}'`. It answers in lines of JSON:
+what the compiler says, once it has made all; the seconds of a step for each line "step" that it
+reads; and for "end", its last, the most memory that the process has held.
+"""
+
+# Calls with options chosen at run time, which no type checker can follow; PyTorch is in an extra.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportMissingImports=false
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Made = tuple[Callable[[], None], dict[str, Any]]  # a step that waits for its results, and facts
+
+
+def jax_chain(depth: int, batch: int, side: int, channels: int, **options: Any) -> Made:
+    """The gradient of a chain of `rev_chain_apply` by its parameters and its input."""
+    import jax
+    import jax.numpy as jnp
+    from basic_block import residual
+
+    import revjax
+    from revjax.memory.report import compile_with_report
+
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    shape = (depth, 3, 3, channels, channels)
+
+    def layer():
+        kernel = jax.random.normal(next(keys), shape) * (2 / (9 * channels)) ** 0.5
+        return jnp.ones((depth, 1, 1, 1, channels)), jnp.zeros((depth, 1, 1, 1, channels)), kernel
+
+    params = tuple(tuple(layer() for _ in range(2)) for _ in range(2))
+    x = tuple(jax.random.normal(next(keys), (2, batch, side, side, channels)))
+
+    def loss(params, x):
+        y1, y2 = revjax.rev_chain_apply(residual, residual, params, x, **options)
+        return (y1**2).sum() + (y2**2).sum()
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    compiled, report = compile_with_report(gradient, params, x)
+    return lambda: jax.block_until_ready(compiled(params, x)) and None, report._asdict()
+
+
+def jax_network(name: str, batch: int, side: int, **options: Any) -> Made:
+    """The training step of a network of `create_model`."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    import revjax
+    from revjax.memory.network import training_step
+    from revjax.memory.report import compile_with_report
+
+    network = revjax.create_model(name, 10, rngs=nnx.Rngs(0), **options)
+    function, (abstract, images, labels) = training_step(network, batch, side)
+    _, params, variables = nnx.split(network, nnx.Param, ...)
+    del network  # its arrays are donated
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract[2])
+    images = jax.random.normal(jax.random.key(1), images.shape)
+    labels = jnp.arange(batch, dtype=jnp.int32) % 10
+    compiled, report = compile_with_report(function, (params, variables, zeros), images, labels)
+    state = [(params, variables, zeros)]
+    del params, variables, zeros
+
+    def step():
+        state[0] = jax.block_until_ready(compiled(state[0], images, labels))
+
+    return step, report._asdict()
+
+
+def torch_chain(depth: int, batch: int, side: int, channels: int, way: str) -> Made:
+    """The same chain in PyTorch: plain, with its checkpoint around each block, or by MemCNN."""
+    import torch
+    from torch_chain import Chain, count_operations
+
+    torch.manual_seed(0)
+    chain = Chain(depth, channels, way)
+    x = torch.randn(batch, 2 * channels, side, side, requires_grad=True)
+
+    def step():
+        chain.zero_grad(set_to_none=True)
+        x.grad = None
+        if way == "memcnn":  # it frees the storage of what it is given
+            (chain(x.clone()) ** 2).sum().backward()
+        else:
+            (chain(x) ** 2).sum().backward()
+
+    operations = depth * count_operations(Chain(1, channels, way), x)
+    return step, {"operations": operations}
+
+
+def process_peak_bytes() -> int:
+    """The most memory that this process has held."""
+    status = Path("/proc/self/status")
+    if status.exists():  # not getrusage, whose figure a process inherits from its parent
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def main() -> None:
+    spec = json.loads(sys.argv[1])
+    make = {"chain": jax_chain, "network": jax_network, "torch": torch_chain}[spec.pop("study")]
+    step, facts = make(**spec)
+    print(json.dumps(facts), flush=True)
+    for line in sys.stdin:
+        if line.strip() != "step":
+            break
+        began = time.perf_counter()
+        step()
+        print(json.dumps(time.perf_counter() - began), flush=True)
+    print(json.dumps(process_peak_bytes()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,7 @@
 """The benchmarks run, in their smallest form, and leave the recorded figures alone."""
 
+import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,11 @@ import pytest
 import revjax
 
 ROOT = Path(revjax.__file__).parent.parent
+
+
+def run(*command):
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
@@ -24,8 +31,27 @@ ROOT = Path(revjax.__file__).parent.parent
 def test_smoke(command, expected, tmp_path):
     results = {path: path.read_bytes() for path in (ROOT / "benchmarks/results").iterdir()}
     script, *flags = command.format(tmp=tmp_path).split()
-    run = [sys.executable, str(ROOT / "benchmarks" / script), *flags]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run(ROOT / "benchmarks" / script, *flags)
     assert done.returncode == 0, done.stderr
     assert expected in done.stdout
     assert {path: path.read_bytes() for path in (ROOT / "benchmarks/results").iterdir()} == results
+
+
+@pytest.mark.slow
+def test_backward_ways_of_a_trained_network(tmp_path):
+    flags = "--config", "configs/digits_revnet.py", "--workdir", tmp_path / "run"
+    trained = run("train.py", *flags, "--config.steps=2")
+    assert trained.returncode == 0, trained.stderr
+    command = "benchmarks/backward_ways.py", "--batch", 20, "--json", tmp_path / "ways.json"
+    done = run(*command, *flags, "--config.steps=2")
+    assert done.returncode == 0, done.stderr
+    for row in json.loads((tmp_path / "ways.json").read_text())["rows"]:
+        if row["grid_bits"] is not None:
+            assert row["gradient"]["reversible against remat"] == 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_accelerators_name_the_package_that_is_missing():
+    done = run("benchmarks/accelerators.py", "v5e")
+    assert done.returncode == 1
+    assert done.stderr.startswith("accelerators.py: to compile for v5e:2x2, install the compiler")

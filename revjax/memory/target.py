@@ -15,6 +15,7 @@ from jax.experimental import topologies
 BACKENDS = ("cpu", "gpu", "tpu")
 
 # XLA's description of an NVIDIA H100 SXM, 80 GB (openxla/xla, h100_sxm.txtpb): facts of the device.
+# The version of cuDNN is one that the present jax[cuda13] brings, not that of XLA's file.
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024

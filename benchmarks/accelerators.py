@@ -1,0 +1,172 @@
+"""Memory of training steps on accelerators that need not be there, as their compilers tell it.
+
+Command:   python benchmarks/accelerators.py h100|v5e [--largest 16GB] [--only TEXT] [--json FILE]
+Hardware:  a CPU; the compilers are in the extras cuda13 and tpu-aot
+Figures:   benchmarks/results/h100.json and v5e.json, told in docs/performance.md
+
+The training step of `revjax.memory` by each way to the gradient; "unrolled" is without a loop
+over the units of a stage. Programs are compiled and not run. What the file of figures has is not
+compiled again, so an interrupted run goes on: delete the file to begin anew. A program for an H100
+takes about a minute on 2 cores, one for a TPU five.
+
+--largest SIZE finds the largest batch of which the step fits, compiled with the least effort
+(JAX_OPTIMIZATION_LEVEL=O1), in a tenth of the time for a TPU and more memory: more fits than said.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from record import RESULTS, environment
+
+from revjax.memory.__main__ import parse_bytes
+from revjax.memory.network import (
+    abstract_network,
+    largest_batch,
+    training_step,
+    usual_image,
+    ways_of,
+)
+from revjax.memory.report import memory_report
+from revjax.memory.target import find_device
+
+TOPOLOGIES = {"h100": "h100", "v5e": "v5e:2x2"}
+
+
+class Case(NamedTuple):
+    """A training step."""
+
+    model: str
+    batch: int
+    dtype: str
+    way: str
+    unroll: bool = False
+    times_deeper: int = 1
+
+    def __str__(self) -> str:
+        side = usual_image(self.model)
+        deeper = f" with {self.times_deeper} times its units" if self.times_deeper > 1 else ""
+        way = f"{self.way}, unrolled" if self.unroll else self.way
+        return f"{self.model}{deeper}, batch {self.batch}, {side}x{side}, {self.dtype}: {way}"
+
+
+def ways(model: str, batch: int, dtype: str, **options: Any) -> list[Case]:
+    return [Case(model, batch, dtype, way, **options) for way in ways_of(model)]
+
+
+CASES = {
+    "h100": [
+        *ways("revnet110", 100, "float32"),
+        Case("revnet110", 100, "float32", "store", unroll=True),
+        Case("revnet110", 100, "float32", "remat", unroll=True),
+        *ways("revnet110", 100, "float32", times_deeper=4),
+        *ways("revnet110", 100, "bfloat16"),
+        *ways("revnet104", 32, "float32"),
+        *ways("resnet101", 32, "float32"),
+        *ways("revnet104", 32, "bfloat16"),
+        *ways("resnet101", 32, "bfloat16"),
+        *ways("revnet38", 100, "float32"),
+        *ways("revnet164", 100, "float32"),
+        *ways("revnet38", 100, "bfloat16"),
+        *ways("revnet164", 100, "bfloat16"),
+    ],
+    "v5e": [
+        *ways("revnet110", 128, "bfloat16"),
+        *ways("revnet104", 32, "bfloat16"),
+        *ways("resnet101", 32, "bfloat16"),
+        *ways("revnet110", 4096, "bfloat16"),
+    ],
+}
+
+
+def needs_of(case: Case, topology: str) -> dict[str, Any] | None:
+    """The report of a case as a dict; None where the compiler says that it does not fit."""
+    network = abstract_network(
+        case.model,
+        case.way,
+        case.dtype,
+        num_classes=10,
+        times_deeper=case.times_deeper,
+        unroll=case.unroll or 1,
+    )
+    step, arguments = training_step(network, case.batch, usual_image(case.model))
+    try:
+        return memory_report(step, *arguments, topology=topology)._asdict()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None
+
+
+def largest(case: Case, topology: str, available: int) -> int:
+    """The largest batch of a case that fits."""
+
+    def peak_bytes(batch: int) -> float:
+        needs = needs_of(case._replace(batch=batch), topology)
+        print(f"    batch {batch}: {needs and needs['peak_bytes']}", flush=True)
+        return float("inf") if needs is None else needs["peak_bytes"]
+
+    return largest_batch(peak_bytes, available, {case.batch: peak_bytes(case.batch)})
+
+
+def print_table(figures: dict[str, Any]) -> None:
+    print("\n| training step | temporary MB | peak MB | compile, s |\n|---|---|---|---|")
+    for label, row in figures.items():
+        if "largest" in label:
+            continue
+        cells = [
+            f"{row['temporary_bytes'] / 1e6:,.1f}" if row["fits"] else "does not fit",
+            f"{row['peak_bytes'] / 1e6:,.1f}" if row["fits"] else "",
+            f"{row['compile_seconds']:.0f}" if row["fits"] else "",
+        ]
+        print(f"| {label} | {' | '.join(cells)} |")
+    print("\n| training step | largest batch |\n|---|---|")
+    for label, row in figures.items():
+        if "largest" in label:
+            print(f"| {label} | {row['largest_batch']:,} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Memory of training steps on accelerators.")
+    parser.add_argument("accelerator", choices=TOPOLOGIES)
+    parser.add_argument("--largest", type=parse_bytes, help="the largest batch in, say, 16GB")
+    parser.add_argument("--only", default="", help="cases with this in their label")
+    parser.add_argument("--json", type=Path, help="the file of figures")
+    arguments = parser.parse_args()
+    path = arguments.json or RESULTS / f"{arguments.accelerator}.json"
+    topology = TOPOLOGIES[arguments.accelerator]
+    jax.config.update("jax_platforms", "cpu")  # the device is described, not looked for
+    try:
+        find_device(topology)
+    except RuntimeError as error:
+        sys.exit(f"accelerators.py: {error}")
+    figures: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    chosen = [case for case in CASES[arguments.accelerator] if arguments.only in str(case)]
+    if not chosen:
+        sys.exit(f"--only {arguments.only}: no case has that in its label.")
+    if arguments.largest:
+        jax.config.update("jax_optimization_level", "O1")
+    for case in chosen:
+        label = str(case)
+        if arguments.largest:
+            label = label.replace(
+                f"batch {case.batch}", f"largest in {arguments.largest / 1e9:g} GB"
+            )
+        if label in figures:
+            continue
+        print(label, flush=True)
+        if arguments.largest:
+            row = {"largest_batch": largest(case, topology, arguments.largest)}
+        else:
+            needs = needs_of(case, topology)
+            row = {"fits": needs is not None, **(needs or {})}
+        figures[label] = {**environment(), **row}
+        path.write_text(json.dumps(figures, indent=2) + "\n")
+    print_table(figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -44,34 +44,15 @@ def put_on_device(dataset: Dataset) -> tuple[Split, Split]:
     return train, test
 
 
-def make_train_steps(
-    config: Config,
-    model: Abstract,
-    optimizer: optax.GradientTransformation,
-    schedule: Callable[[jax.Array], jax.Array],
-) -> Callable[[TrainState, Split, jax.Array, jax.Array], tuple[TrainState, Report]]:
-    """Return the jitted `train_steps(state, data, indices, num_steps) -> state, report`.
+def make_train_step(
+    config: Config, model: Abstract, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, jax.Array, jax.Array], TrainState]:
+    """Return `train_step(state, images, labels) -> state`, one step on a batch as the network sees it.
 
-    `indices`, int32 [K, batch_size], names the examples of up to K steps, of which the first
-    `num_steps` are made. As `num_steps` is a traced value, one program serves every number of
-    steps, and each step is the same machine code whichever dispatch it falls into: the result
-    does not depend, to the last bit, on how the steps are dispatched.
-
-    The state is donated. A step whose loss, gradient or update is not finite is the last one made,
-    and the report names it: the state is then lost, and the newest checkpoint is what is left.
+    `images` is float32 `[B, H, W, C]`, augmented; `labels` is int32 `[B]`. The step is not jitted.
     """
 
-    def train_step(state: TrainState, data: Split, indices: jax.Array) -> TrainState:
-        stream = jax.random.fold_in(jax.random.key(config.seed), AUGMENTATION_STREAM)
-        images = augment(
-            jax.random.fold_in(stream, state.step),
-            data.images[indices],
-            data.mean,
-            padding=config.data.padding,
-            flip=config.data.flip,
-        )
-        labels = data.labels[indices]
-
+    def train_step(state: TrainState, images: jax.Array, labels: jax.Array) -> TrainState:
         def loss_fn(params: Any) -> tuple[jax.Array, Any]:
             module = nnx.merge(model.train_graph, params, state.variables, copy=True)
             logits = module(images)
@@ -103,6 +84,37 @@ def make_train_steps(
             failed_step=jnp.where(finite, 0, state.step + 1),
         )
 
+    return train_step
+
+
+def make_train_steps(
+    config: Config,
+    model: Abstract,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[jax.Array], jax.Array],
+) -> Callable[[TrainState, Split, jax.Array, jax.Array], tuple[TrainState, Report]]:
+    """Return the jitted `train_steps(state, data, indices, num_steps) -> state, report`.
+
+    `indices`, int32 [K, batch_size], names the examples of up to K steps, of which the first
+    `num_steps` are made. As `num_steps` is a traced value, one program serves every number of
+    steps, and each step is the same machine code whichever dispatch it falls into: the result
+    does not depend, to the last bit, on how the steps are dispatched.
+
+    The state is donated. A step whose loss, gradient or update is not finite is the last one made,
+    and the report names it: the state is then lost, and the newest checkpoint is what is left.
+    """
+    train_step = make_train_step(config, model, optimizer)
+
+    def augmented(state: TrainState, data: Split, indices: jax.Array) -> jax.Array:
+        stream = jax.random.fold_in(jax.random.key(config.seed), AUGMENTATION_STREAM)
+        return augment(
+            jax.random.fold_in(stream, state.step),
+            data.images[indices],
+            data.mean,
+            padding=config.data.padding,
+            flip=config.data.flip,
+        )
+
     def train_steps(
         state: TrainState, data: Split, indices: jax.Array, num_steps: jax.Array
     ) -> tuple[TrainState, Report]:
@@ -112,7 +124,8 @@ def make_train_steps(
 
         def advance(carry: tuple[jax.Array, TrainState]) -> tuple[jax.Array, TrainState]:
             index, state = carry
-            return index + 1, train_step(state, data, indices[index])
+            images = augmented(state, data, indices[index])
+            return index + 1, train_step(state, images, data.labels[indices[index]])
 
         _, state = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), state))
         steps = state.interval.steps.astype(jnp.float32)

@@ -99,7 +99,7 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
         metrics = MetricsLog(workdir, step)
         resources.callback(metrics.close)
         tested = (metrics.last("test") or {"step": 0})["step"]  # the last step that was, ...
-        saved = step  # ... and the last one that is on the disk
+        saved = step  # ... and the last one that is on the disk, or will be before this returns
 
         # -- 5. The programs, compiled ------------------------------------------------------------
 
@@ -195,6 +195,7 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
         # -- 7. The result ------------------------------------------------------------------------
 
         progress.close()
+        checkpoints.wait()
         if tested < config.steps:
             where = f"saved in {checkpoints.directory}" if step else "nothing to save yet"
             print(f"Stopped by {stop.requested} at step {step} of {config.steps}: {where}.")

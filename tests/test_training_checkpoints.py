@@ -69,6 +69,31 @@ def test_newest_comes_back_bit_for_bit(saved, states):
     assert steps(saved) == [20, 30]
 
 
+def test_what_is_saved_may_be_donated_at_once(tmp_path, states):
+    state = jax.tree.map(jnp.copy, states[10])
+    step = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(10, state, wall_seconds=0.0)
+    jax.block_until_ready(step(state))
+    checkpoints.close()
+    restored, _ = restore(tmp_path / "checkpoints", states[0])
+    assert restored is not None
+    chex.assert_trees_all_equal(restored.state, states[10])
+
+
+def test_a_save_that_fails_is_an_error(tmp_path, states, monkeypatch):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("revjax.training.checkpoints.write_json", fail)
+    checkpoints.save(10, states[10], wall_seconds=0.0)
+    with pytest.raises(OSError, match="no space left"):
+        checkpoints.wait()
+    checkpoints.close()
+
+
 def test_none_without_checkpoints(tmp_path, states):
     assert restore(tmp_path / "checkpoints", states[0]) == (None, [])
 

@@ -3,6 +3,7 @@
 import json
 import zlib
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,8 @@ class Checkpoints:
     not at all, whenever the process is killed. Then it is sealed by `files.json`, which has the
     CRC-32 of every file: what a disk does to one later is noticed. A checkpoint without a seal is
     one whose process was killed in between.
+
+    All this is done in a thread, one checkpoint at a time, while the training goes on.
     """
 
     def __init__(self, directory: Path, *, keep: int = 1, read_only: bool = False):
@@ -45,6 +48,8 @@ class Checkpoints:
         """
         self.directory = directory.absolute()
         self._read_only = read_only
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._writing: Future[None] | None = None
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -56,11 +61,25 @@ class Checkpoints:
         )
 
     def save(self, step: int, state: TrainState, wall_seconds: float) -> None:
-        """Write the state of a step; it is on the disk when this returns."""
+        """Begin to write the state of a step, once the one before is written.
+
+        The state's arrays may be donated as soon as this returns: it is a copy that is written.
+        """
+        self.wait()
+        state = jax.tree.map(np.array, jax.device_get(state))  # device_get alone may share memory
+        self._writing = self._thread.submit(self._write, step, state, wall_seconds)
+
+    def wait(self) -> None:
+        """Return when what was saved is on the disk, or raise what prevented it."""
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
+
+    def _write(self, step: int, state: TrainState, wall_seconds: float) -> None:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(jax.device_get(state)),
+                state=ocp.args.StandardSave(state),
                 record=ocp.args.JsonSave({"wall_seconds": wall_seconds}),
             ),
         )
@@ -122,8 +141,12 @@ class Checkpoints:
         return aside
 
     def close(self) -> None:
-        """Free what the manager holds."""
-        self._manager.close()
+        """Wait for what is being written, and free what the manager holds."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._manager.close()
 
 
 def _files(folder: Path) -> list[Path]:

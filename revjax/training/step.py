@@ -47,9 +47,9 @@ def put_on_device(dataset: Dataset) -> tuple[Split, Split]:
 def make_train_step(
     config: Config, model: Abstract, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, jax.Array, jax.Array], TrainState]:
-    """Return `train_step(state, images, labels) -> state`, one step on a batch as the network sees it.
+    """Return `train_step(state, images, labels) -> state`, which is not jitted.
 
-    `images` is float32 `[B, H, W, C]`, augmented; `labels` is int32 `[B]`. The step is not jitted.
+    `images` is a batch as the network sees it, float32 `[B, H, W, C]`; `labels` is int32 `[B]`.
     """
 
     def train_step(state: TrainState, images: jax.Array, labels: jax.Array) -> TrainState:

@@ -2,7 +2,7 @@
 
 Command:   python benchmarks/accelerators.py h100|v5e [--largest 16GB] [--only TEXT] [--json FILE]
 Hardware:  a CPU; the compilers are in the extras cuda13 and tpu-aot
-Figures:   benchmarks/results/h100.json and v5e.json, told in docs/performance.md
+Figures:   benchmarks/results/h100.json and v5e.json, and .md, told in docs/performance.md
 
 The training step of `revjax.memory` by each way to the gradient; "unrolled" is without a loop
 over the units of a stage. Programs are compiled and not run. What the file of figures has is not
@@ -33,6 +33,7 @@ from revjax.memory.network import (
 from revjax.memory.report import memory_report
 from revjax.memory.target import find_device
 
+WAYS = ("store", "remat", "reversible")
 TOPOLOGIES = {"h100": "h100", "v5e": "v5e:2x2"}
 
 
@@ -112,21 +113,26 @@ def largest(case: Case, topology: str, available: int) -> int:
     return largest_batch(peak_bytes, available, {case.batch: peak_bytes(case.batch)})
 
 
-def print_table(figures: dict[str, Any]) -> None:
-    print("\n| training step | temporary MB | peak MB | compile, s |\n|---|---|---|---|")
+def tables(figures: dict[str, Any]) -> str:
+    """The figures in Markdown: what is compiled by what is kept for the gradient."""
+    cells: dict[str, dict[str, str]] = {}
     for label, row in figures.items():
-        if "largest" in label:
-            continue
-        cells = [
-            f"{row['temporary_bytes'] / 1e6:,.1f}" if row["fits"] else "does not fit",
-            f"{row['peak_bytes'] / 1e6:,.1f}" if row["fits"] else "",
-            f"{row['compile_seconds']:.0f}" if row["fits"] else "",
-        ]
-        print(f"| {label} | {' | '.join(cells)} |")
-    print("\n| training step | largest batch |\n|---|---|")
-    for label, row in figures.items():
-        if "largest" in label:
-            print(f"| {label} | {row['largest_batch']:,} |")
+        step, way = label.split(": ")
+        way, *unrolled = way.split(", ")
+        cell = "does not fit"
+        if "largest_batch" in row:
+            cell = f"{row['largest_batch']:,}"
+        elif row["fits"]:
+            cell = f"{row['temporary_bytes'] / 1e6:,.1f}"
+        cells.setdefault(", ".join([step, *unrolled]), {})[way] = cell
+    lines = []
+    for title, largest in (("temporary MB of the training step", False), ("largest batch", True)):
+        lines += [f"| {title} | {' | '.join(WAYS)} |", "|---" * (len(WAYS) + 1) + "|"]
+        for step, row in cells.items():
+            if ("largest" in step) == largest:
+                lines.append(f"| {step} | {' | '.join(row.get(way, '') for way in WAYS)} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -165,7 +171,8 @@ def main() -> None:
             row = {"fits": needs is not None, **(needs or {})}
         figures[label] = {**environment(), **row}
         path.write_text(json.dumps(figures, indent=2) + "\n")
-    print_table(figures)
+    path.with_suffix(".md").write_text(tables(figures))
+    print(tables(figures))
 
 
 if __name__ == "__main__":

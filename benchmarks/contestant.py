@@ -2,7 +2,8 @@
 
 speed.py starts it: `python contestant.py '{"study": "chain", ...}'`. It answers in lines of JSON:
 what the compiler says, once it has made all; the seconds of a step for each line "step" that it
-reads; and for "end", its last, the most memory that the process has held.
+reads; and for "end", its last, the most memory that the process has held. With "error_against", the
+options of another way, it answers with the relative error of its gradient against that one's.
 """
 
 # Calls with options chosen at run time, which no type checker can follow; PyTorch is in an extra.
@@ -13,13 +14,18 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-Made = tuple[Callable[[], None], dict[str, Any]]  # a step that waits for its results, and facts
+from gradients import flatten, relative_error
+
+Made = tuple[Callable[[], Any], dict[str, Any]]  # a step that waits for its results, and facts
 
 
-def jax_chain(depth: int, batch: int, side: int, channels: int, **options: Any) -> Made:
+def jax_chain(
+    depth: int, batch: int, side: int, channels: int, dtype: str | None = None, **options: Any
+) -> Made:
     """The gradient of a chain of `rev_chain_apply` by its parameters and its input."""
     import jax
     import jax.numpy as jnp
@@ -38,13 +44,15 @@ def jax_chain(depth: int, batch: int, side: int, channels: int, **options: Any) 
     params = tuple(tuple(layer() for _ in range(2)) for _ in range(2))
     x = tuple(jax.random.normal(next(keys), (2, batch, side, side, channels)))
 
+    f = partial(residual, dtype=dtype)
+
     def loss(params, x):
-        y1, y2 = revjax.rev_chain_apply(residual, residual, params, x, **options)
+        y1, y2 = revjax.rev_chain_apply(f, f, params, x, **options)
         return (y1**2).sum() + (y2**2).sum()
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
     compiled, report = compile_with_report(gradient, params, x)
-    return lambda: jax.block_until_ready(compiled(params, x)) and None, report._asdict()
+    return lambda: jax.block_until_ready(compiled(params, x)), report._asdict()
 
 
 def jax_network(name: str, batch: int, side: int, **options: Any) -> Made:
@@ -90,6 +98,7 @@ def torch_chain(depth: int, batch: int, side: int, channels: int, way: str) -> M
             (chain(x.clone()) ** 2).sum().backward()
         else:
             (chain(x) ** 2).sum().backward()
+        return [x.grad, *(parameter.grad for parameter in chain.parameters())]
 
     operations = depth * count_operations(Chain(1, channels, way), x)
     return step, {"operations": operations}
@@ -109,6 +118,11 @@ def process_peak_bytes() -> int:
 def main() -> None:
     spec = json.loads(sys.argv[1])
     make = {"chain": jax_chain, "network": jax_network, "torch": torch_chain}[spec.pop("study")]
+    if "error_against" in spec:
+        reference = spec.pop("error_against")
+        found, due = (flatten(make(**options)[0]()) for options in (spec, spec | reference))
+        print(json.dumps(relative_error(found, due)), flush=True)
+        return
     step, facts = make(**spec)
     print(json.dumps(facts), flush=True)
     for line in sys.stdin:

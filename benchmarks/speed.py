@@ -20,6 +20,9 @@ run. That of a chain's temporary memory is what must live as a block is differen
 and its cotangent, the output of a function's first convolution, and its cotangent: six halves of
 the stream; and before, for each block that has yet to be, what is kept of it: its input (two
 halves), or the inputs of its four convolutions.
+
+The gradient error is that against stored activations, in the same framework and on the same grid:
+|difference| / |gradient|, with convolutions in float32, and in bfloat16 where there are two.
 """
 
 import argparse
@@ -36,6 +39,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+from gradients import shown_error
 from record import RESULTS, environment
 
 from revjax import list_models
@@ -46,6 +50,7 @@ from matplotlib import pyplot as plt
 
 CHANNELS = 16
 UNROLLED = 16  # blocks, at most: longer programs take minutes to compile
+ERRORS = 64  # blocks, at most, of the chains whose gradients are compared
 STUDIES = ("chain", "network", "deep")
 
 STORED, STORED_UNROLLED = "stored, scanned", "stored, unrolled"
@@ -170,6 +175,21 @@ def network_specs(name: str, batch: int, side: int, **options: Any) -> dict[str,
     }
 
 
+def add_errors(rows: dict[str, Any], specs: dict[str, Any]) -> None:
+    """The relative error of each way's gradient against that by stored activations."""
+    for label, row in rows.items():
+        spec = specs[label]
+        if label in STORING or "unroll" in spec:
+            continue
+        torch = spec["study"] == "torch"
+        stored = {"way": "plain"} if torch else {"backward": "store"}
+        for dtype in ("float32",) if torch else ("float32", "bfloat16"):
+            compute = {} if torch else {"dtype": dtype}
+            contestant = Contestant(spec | compute | {"error_against": stored})
+            row.setdefault("gradient_error", {})[dtype] = contestant.facts
+            contestant.end()
+
+
 def add_floors(rows: dict[str, Any], specs: dict[str, Any], rate: float) -> None:
     """What the time and, of a chain, the temporary memory cannot be below."""
     for label, row in rows.items():
@@ -193,8 +213,8 @@ def table(title: str, study: dict[str, Any]) -> str:
         f"{study['rounds']} rounds; {study['device']}, {study['platform']}; {versions}; "
         f"{study['date']}\n",
         "| | time, s (quartiles) | floor | against the faster stored | temporary MB | floor "
-        "| process peak MB | compile, s | operations, 10^9 |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| process peak MB | compile, s | operations, 10^9 | gradient error |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for label, row in study["forms"].items():
         seconds = "needs more memory than there is"
@@ -210,6 +230,7 @@ def table(title: str, study: dict[str, Any]) -> str:
             cell(row, "process_peak_bytes", 1e6, ",.0f"),
             cell(row, "compile_seconds"),
             cell(row, "operations", 1e9),
+            ", ".join(map(shown_error, row.get("gradient_error", {}).values())),
         ]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -294,6 +315,8 @@ def main() -> None:
         rows = measure(specs, study_rounds, warm=depth <= 64)
         rate = operations_per_second()
         add_floors(rows, specs, rate)
+        if 0 < depth <= ERRORS:
+            add_errors(rows, specs)
         record[title] = {
             **environment(),
             "rounds": study_rounds,

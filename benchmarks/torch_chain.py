@@ -25,9 +25,9 @@ def residual(channels: int) -> nn.Module:
 class Block(nn.Module):
     """`y1 = x1 + F(x2)`, `y2 = x2 + G(y1)`, the halves joined: `[B, 2 channels, H, W]`."""
 
-    def __init__(self, channels: int):
+    def __init__(self, f: nn.Module, g: nn.Module):
         super().__init__()
-        self.f, self.g = residual(channels), residual(channels)
+        self.f, self.g = f, g
 
     def forward(self, x: Any) -> Any:
         x1, x2 = torch.chunk(x, 2, dim=1)
@@ -36,12 +36,11 @@ class Block(nn.Module):
         return torch.cat([y1, y2], dim=1)
 
 
-def memcnn_block(channels: int) -> nn.Module:
+def memcnn_block(f: nn.Module, g: nn.Module) -> nn.Module:
     """The same by MemCNN."""
     import memcnn
 
-    coupling = memcnn.AdditiveCoupling(residual(channels), residual(channels))
-    return memcnn.InvertibleModuleWrapper(coupling, keep_input=False)
+    return memcnn.InvertibleModuleWrapper(memcnn.AdditiveCoupling(f, g), keep_input=False)
 
 
 class Chain(nn.Module):
@@ -50,8 +49,11 @@ class Chain(nn.Module):
     def __init__(self, depth: int, channels: int, way: str):
         super().__init__()
         self.checkpointed = way == "checkpoint"
+        # First, so that parameters() has one order whatever MemCNN calls f and g.
+        self.functions = nn.ModuleList(residual(channels) for _ in range(2 * depth))
         block = memcnn_block if way == "memcnn" else Block
-        self.blocks = nn.ModuleList(block(channels) for _ in range(depth))
+        pairs = zip(self.functions[::2], self.functions[1::2], strict=True)
+        self.blocks = nn.ModuleList(block(f, g) for f, g in pairs)
 
     def forward(self, x: Any) -> Any:
         for block in self.blocks:

@@ -8,7 +8,9 @@ chain      the gradient, by parameters and input, of a chain of blocks of two re
            BN-ReLU-conv3x3-BN-ReLU-conv3x3, 32 images of 32x32 and 16 + 16 channels, float32;
            in PyTorch and by MemCNN too, where the extra "bench" is installed
 network    the training step of a network of create_model, as revjax.memory has it
-deep       the same of a RevNet of 1,000 reversible units, which is 4,002 layers
+deep       the same of a RevNet of 1,000 reversible units, which is 4,002 layers, with the C library
+           told to return what is freed, else the peak of its process is what was ever in use
+compile    the time to trace and compile the reversible chain of 1,024 blocks, and of 16, in turns
 
 Each way is a process of its own. They take turns, step by step, so that what else the machine
 does falls on all of them; a time is the median of their rounds, with the quartiles, after a round
@@ -26,6 +28,7 @@ The gradient error is that against stored activations, in the same framework and
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -51,7 +54,8 @@ from matplotlib import pyplot as plt
 CHANNELS = 16
 UNROLLED = 16  # blocks, at most: longer programs take minutes to compile
 ERRORS = 64  # blocks, at most, of the chains whose gradients are compared
-STUDIES = ("chain", "network", "deep")
+STUDIES = ("chain", "network", "deep", "compile")
+GRID = "reversible, grid 2^-14"
 
 STORED, STORED_UNROLLED = "stored, scanned", "stored, unrolled"
 # Of rev_chain_apply and create_model.
@@ -61,16 +65,17 @@ WAYS: dict[str, dict[str, Any]] = {
     "jax.checkpoint a block, scanned": dict(backward="remat", grid_bits=None),
     "jax.checkpoint a block, unrolled": dict(backward="remat", grid_bits=None, unroll=True),
     "reversible, no grid": dict(backward="reversible", grid_bits=None),
-    "reversible, grid 2^-14": dict(backward="reversible", grid_bits=14),
+    GRID: dict(backward="reversible", grid_bits=14),
 }
 TORCH_WAYS = {"PyTorch": "plain", "PyTorch, checkpoint a block": "checkpoint", "MemCNN": "memcnn"}
+RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "1000000"}  # glibc
 STORING = (STORED, STORED_UNROLLED, "PyTorch")
 KEPT_HALVES = {"store": 4, "remat": 2, "reversible": 0}
 # Colours of Okabe and Ito.
 STYLES = {
     STORED: dict(color="#D55E00", marker="s"),
     "jax.checkpoint a block, scanned": dict(color="#E69F00", marker="^"),
-    "reversible, grid 2^-14": dict(color="#0072B2", marker="o"),
+    GRID: dict(color="#0072B2", marker="o"),
     "PyTorch": dict(color="#999999", marker="s", linestyle="--"),
     "PyTorch, checkpoint a block": dict(color="#999999", marker="^", linestyle="--"),
     "MemCNN": dict(color="#999999", marker="o", linestyle="--"),
@@ -80,11 +85,11 @@ STYLES = {
 class Contestant:
     """The process of one way: see contestant.py."""
 
-    def __init__(self, spec: dict[str, Any]):
+    def __init__(self, spec: dict[str, Any], environ: dict[str, str] | None = None):
         program = Path(__file__).parent / "contestant.py"
         command = [sys.executable, "-W", "ignore", program, json.dumps(spec)]
         pipe: Any = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.process = subprocess.Popen(command, **pipe)
+        self.process = subprocess.Popen(command, env=os.environ | (environ or {}), **pipe)
         self.spec = spec
         self.facts = self.hear()
 
@@ -129,7 +134,7 @@ def measure(specs: dict[str, dict[str, Any]], rounds: int, warm: bool) -> dict[s
             if label in STORING and too_large:
                 continue
             print(f"  {label}", file=sys.stderr, flush=True)
-            contestant = Contestant(spec)
+            contestant = Contestant(spec, RETURN_FREED if spec.get("units") else None)
             rows[label] = contestant.facts
             if contestant.facts.get("temporary_bytes", 0) > 0.7 * memory_of_machine():
                 too_large = True
@@ -175,6 +180,24 @@ def network_specs(name: str, batch: int, side: int, **options: Any) -> dict[str,
     }
 
 
+def measure_compilation(batch: int, side: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """A row for each depth, whose seconds to compile are the median of the rounds."""
+    facts: dict[int, list[dict[str, Any]]] = {16: [], 1024: []}
+    for _ in range(rounds):
+        for depth, found in facts.items():
+            contestant = Contestant(chain_specs(depth, batch, side, torch=False)[GRID])
+            found.append(contestant.facts)
+            contestant.end()
+    rows = {}
+    for depth, found in facts.items():
+        low, median, high = np.percentile(
+            [one["compile_seconds"] for one in found], [25, 50, 75]
+        ).tolist()
+        quartiles = {"compile_seconds": median, "compile_quartiles": [low, high]}
+        rows[f"{depth:,} blocks"] = found[0] | quartiles
+    return rows
+
+
 def add_errors(rows: dict[str, Any], specs: dict[str, Any]) -> None:
     """The relative error of each way's gradient against that by stored activations."""
     for label, row in rows.items():
@@ -217,7 +240,7 @@ def table(title: str, study: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for label, row in study["forms"].items():
-        seconds = "needs more memory than there is"
+        seconds = "" if "compile_quartiles" in row else "needs more memory than there is"
         if "seconds" in row:
             low, high = row["quartiles"]
             seconds = f"{row['seconds']:.3g} ({low:.3g} to {high:.3g})"
@@ -228,7 +251,7 @@ def table(title: str, study: dict[str, Any]) -> str:
             cell(row, "temporary_bytes", 1e6),
             cell(row, "floor_temporary_bytes", 1e6),
             cell(row, "process_peak_bytes", 1e6, ",.0f"),
-            cell(row, "compile_seconds"),
+            cell(row, "compile_seconds", spec=".2f"),
             cell(row, "operations", 1e9),
             ", ".join(map(shown_error, row.get("gradient_error", {}).values())),
         ]
@@ -251,12 +274,13 @@ def draw(record: dict[str, Any], path: Path) -> None:
     for axes in (times, peaks):
         axes.set_xscale("log", base=2)
         axes.set_xlabel("blocks")
+        axes.xaxis.set_major_formatter(lambda depth, _: f"{depth:,.0f}")
         axes.grid(alpha=0.3)
     times.set_ylim(bottom=0)
     times.set_ylabel("time a block, ms")
-    times.legend(fontsize=8)
     peaks.set_yscale("log")
     peaks.set_ylabel("peak memory of the process, GB")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -289,7 +313,8 @@ def main() -> None:
         deep = dict(units=(2, 2), filters=(8, 8, 16))
     torch = all(importlib.util.find_spec(name) for name in ("torch", "memcnn"))
     if not torch:
-        print('PyTorch and MemCNN are left out: they come with pip install -e ".[bench]".')
+        install = f'{sys.executable} -m pip install -e ".[bench]"'
+        print(f"PyTorch and MemCNN are left out: {install} brings them (3 GB, with CUDA).")
 
     studies: dict[str, tuple[dict[str, Any], int, int]] = {}
     for depth in arguments.depths if "chain" in chosen else ():
@@ -304,21 +329,29 @@ def main() -> None:
     if "deep" in chosen:
         units = sum(deep["units"])
         title = f"RevNet of {units:,} units, training step, batch {batch}, {side}x{side}"
-        only = "reversible, grid 2^-14"
-        specs = {only: network_specs("revnet", batch, side, **deep)[only]}
+        specs = {GRID: network_specs("revnet", batch, side, **deep)[GRID]}
         studies[title] = specs, min(rounds, 2), 0
 
     path = arguments.results / "speed.json"
     record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if "compile" in chosen:
+        studies["time to compile a reversible chain"] = {}, min(rounds, 5), 0
     for title, (specs, study_rounds, depth) in studies.items():
         print(title, file=sys.stderr, flush=True)
-        rows = measure(specs, study_rounds, warm=depth <= 64)
         rate = operations_per_second()
-        add_floors(rows, specs, rate)
+        if specs:
+            rows = measure(specs, study_rounds, warm=depth <= 64)
+            add_floors(rows, specs, rate)
+        else:
+            rows = measure_compilation(batch, side, study_rounds)
         if 0 < depth <= ERRORS:
             add_errors(rows, specs)
+        found = environment()
+        if torch and depth:
+            packages = ("torch", "memcnn")
+            found["versions"] |= {name: importlib.metadata.version(name) for name in packages}
         record[title] = {
-            **environment(),
+            **found,
             "rounds": study_rounds,
             "depth": depth,
             "operations_per_second": rate,

@@ -112,9 +112,13 @@ class Head(nnx.Module):
 
 
 def stack(depth: int, make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> Any:
-    """`depth` independently initialised modules in one: every array is `[depth, ...]`."""
+    """`depth` independently initialised modules in one: every array is `[depth, ...]`.
+
+    They are made one after another, so that drawing them takes the memory of one.
+    """
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     keys = jax.random.split(rngs.params(), depth)
-    return nnx.vmap(lambda key: make(nnx.Rngs(params=key)))(keys)
+    return nnx.merge(graphdef, jax.lax.map(lambda key: nnx.state(make(nnx.Rngs(params=key))), keys))
 
 
 def pure(module: nnx.Module) -> tuple[Callable, nnx.State, nnx.State]:

@@ -127,6 +127,8 @@ def tables(figures: dict[str, Any]) -> str:
         cells.setdefault(", ".join([step, *unrolled]), {})[way] = cell
     lines = []
     for title, largest in (("temporary MB of the training step", False), ("largest batch", True)):
+        if not any(("largest" in step) == largest for step in cells):
+            continue
         lines += [f"| {title} | {' | '.join(WAYS)} |", "|---" * (len(WAYS) + 1) + "|"]
         for step, row in cells.items():
             if ("largest" in step) == largest:

@@ -15,7 +15,8 @@ compile    the time to trace and compile the reversible chain of 1,024 blocks, a
 Each way is a process of its own. They take turns, step by step, so that what else the machine
 does falls on all of them; a time is the median of their rounds, with the quartiles, after a round
 that is not counted. Long chains have fewer rounds, and beyond 64 blocks none that is not counted.
-What needs more memory than the machine has is left out. --smoke makes all of it small.
+What stores more than 0.7 of the machine's memory, by the compiler's account of the scanned form, is
+left out. --smoke makes all of it small, and records nothing.
 
 The floor of a time is the operations over the rate of a product of two 2048x2048 matrices in this
 run. That of a chain's temporary memory is what must live as a block is differentiated: the stream
@@ -261,7 +262,8 @@ def table(title: str, study: dict[str, Any]) -> str:
 
 def draw(record: dict[str, Any], path: Path) -> None:
     """Time a block and process peak against depth, of the chains."""
-    chains = [study for title, study in record.items() if title.startswith("chain")]
+    shape = ", batch 32, 32x32"  # one for all
+    chains = [s for title, s in record.items() if title.startswith("chain") and shape in title]
     figure, (times, peaks) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for label, style in STYLES.items():
         done = [s for s in chains if "seconds" in s["forms"].get(label, {})]
@@ -294,7 +296,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="8 for images of 224x224")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--smoke", action="store_true", help="a small form of all")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the figures")
+    parser.add_argument("--results", type=Path, help="the folder to add the figures to")
     arguments = parser.parse_args()
     chosen = arguments.studies or STUDIES
     if unknown := set(chosen) - set(STUDIES):
@@ -303,7 +305,9 @@ def main() -> None:
         parser.error(f"--models: {', '.join(unknown)} is no RevNet of revjax.list_models().")
     if min(arguments.depths) < 1 or arguments.batch < 1 or arguments.rounds < 1:
         parser.error("--depths, --batch and --rounds must be 1 or more.")
-    if not arguments.results.is_dir():
+    if arguments.results is None:  # of the smoke form nothing is recorded
+        arguments.results = None if arguments.smoke else RESULTS
+    if arguments.results and not arguments.results.is_dir():
         parser.error(f"--results: there is no folder {arguments.results}.")
     batch, side, rounds = arguments.batch, 32, arguments.rounds
     deep: dict[str, Any] = dict(units=(334, 333, 333), filters=(32, 32, 64, 128))
@@ -332,10 +336,13 @@ def main() -> None:
         specs = {GRID: network_specs("revnet", batch, side, **deep)[GRID]}
         studies[title] = specs, min(rounds, 2), 0
 
-    path = arguments.results / "speed.json"
-    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    path = arguments.results and arguments.results / "speed.json"
+    record: dict[str, Any] = json.loads(path.read_text()) if path and path.exists() else {}
     if "compile" in chosen:
         studies["time to compile a reversible chain"] = {}, min(rounds, 5), 0
+    for title in studies:
+        if not torch and "MemCNN" in record.get(title, {}).get("forms", {}):
+            parser.error(f"{path} has PyTorch's figures: install it, or give --results DIR.")
     for title, (specs, study_rounds, depth) in studies.items():
         print(title, file=sys.stderr, flush=True)
         rate = operations_per_second()
@@ -358,7 +365,10 @@ def main() -> None:
             "forms": rows,
         }
         print(table(title, record[title]), flush=True)
-        path.write_text(json.dumps(record, indent=2) + "\n")
+        if path:
+            path.write_text(json.dumps(record, indent=2) + "\n")
+    if not path:
+        return
     order = sorted(record, key=lambda title: (record[title]["depth"] == 0, record[title]["depth"]))
     record = {title: record[title] for title in order}
     path.write_text(json.dumps(record, indent=2) + "\n")

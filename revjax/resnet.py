@@ -43,7 +43,8 @@ class ResidualStage(nnx.Module):
     ):
         self.remat = backward == "remat"
         self.unroll = unroll
-        self.no_loop = unroll is True or depth - 1 <= unroll  # which would keep CSE away
+        # Only of one unit an iteration, and of two or more, is there surely a loop.
+        self.loop = unroll is not True and unroll == 1 and depth - 1 > 1
         kind = dict(bottleneck=bottleneck, dtype=dtype)
         self.first = ResidualUnit(
             inputs, outputs, stride, preactivate=preactivate, rngs=rngs, **kind
@@ -64,7 +65,7 @@ class ResidualStage(nnx.Module):
             return apply(*unit, x)
 
         if self.remat:
-            step = jax.checkpoint(step, prevent_cse=self.no_loop)
+            step = jax.checkpoint(step, prevent_cse=not self.loop)  # a loop keeps CSE away
         x, statistics = jax.lax.scan(step, x, (params, statistics), unroll=self.unroll)
         nnx.update(self.rest, jax.lax.stop_gradient(statistics))
         return x

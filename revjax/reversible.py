@@ -276,8 +276,9 @@ def _forward_chain(segments, operands, x, unroll, track, remat=False):
             return y, (aux, stream_peak(y) if track else None)
 
         if remat and segment.depth is not None:
-            no_loop = unroll is True or segment.depth <= unroll  # which would keep CSE away
-            step = jax.checkpoint(step, prevent_cse=no_loop)
+            # Only of one block an iteration, and of two or more, is there surely a loop.
+            loop = unroll is not True and unroll == 1 and segment.depth > 1
+            step = jax.checkpoint(step, prevent_cse=not loop)  # a loop keeps CSE away
         x, (aux, peak) = _run(step, x, segment, params, xs, unroll)
         auxes.append(aux)
         peaks.append(peak)

@@ -89,7 +89,7 @@ def test_a_save_that_fails_is_an_error(tmp_path, states, monkeypatch):
 
     monkeypatch.setattr("revjax.training.checkpoints.write_json", fail)
     checkpoints.save(10, states[10], wall_seconds=0.0)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(TrainingError, match="step 10 could not be written: no space left"):
         checkpoints.wait()
     checkpoints.close()
 

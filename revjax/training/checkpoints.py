@@ -49,7 +49,7 @@ class Checkpoints:
         self.directory = directory.absolute()
         self._read_only = read_only
         self._thread = ThreadPoolExecutor(max_workers=1)
-        self._writing: Future[None] | None = None
+        self._writing: tuple[int, Future[None]] | None = None
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -64,16 +64,30 @@ class Checkpoints:
         """Begin to write the state of a step, once the one before is written.
 
         The state's arrays may be donated as soon as this returns: it is a copy that is written.
+
+        Raises:
+            TrainingError: the one before could not be written; this one is not either.
         """
         self.wait()
         state = jax.tree.map(np.array, jax.device_get(state))  # device_get alone may share memory
-        self._writing = self._thread.submit(self._write, step, state, wall_seconds)
+        self._writing = step, self._thread.submit(self._write, step, state, wall_seconds)
 
     def wait(self) -> None:
-        """Return when what was saved is on the disk, or raise what prevented it."""
+        """Return when what was saved is on the disk.
+
+        Raises:
+            TrainingError: it could not be written.
+        """
         writing, self._writing = self._writing, None
         if writing:
-            writing.result()
+            step, result = writing
+            try:
+                result.result()
+            except OSError as error:
+                raise TrainingError(
+                    f"the checkpoint of step {step} could not be written: {error}; those before it "
+                    f"are in {self.directory}."
+                ) from error
 
     def _write(self, step: int, state: TrainState, wall_seconds: float) -> None:
         self._manager.save(
@@ -100,6 +114,7 @@ class Checkpoints:
         Raises:
             TrainingError: if there are checkpoints and none of them is whole; they stay in place.
         """
+        self.wait()
         damaged = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             damage = _damage(self.directory / str(step))

@@ -7,7 +7,7 @@ Figures:   benchmarks/results/h100.json and v5e.json, and .md, told in docs/perf
 The training step of `revjax.memory` by each way to the gradient; "unrolled" is without a loop
 over the units of a stage. Programs are compiled and not run. What the file of figures has is not
 compiled again, so an interrupted run goes on: delete the file to begin anew. A program for an H100
-takes about a minute on 2 cores, one for a TPU five.
+takes one to three minutes on 2 cores, one for a TPU four to twelve.
 
 --largest SIZE finds the largest batch of which the step fits, compiled with the least effort
 (JAX_OPTIMIZATION_LEVEL=O1), in a tenth of the time for a TPU and more memory: more fits than said.

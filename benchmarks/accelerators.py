@@ -15,6 +15,7 @@ takes one to three minutes on 2 cores, one for a TPU four to twelve.
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 from record import RESULTS, environment
 
-from revjax.memory.__main__ import parse_bytes
+from revjax.memory.__main__ import parse_bytes, reported
 from revjax.memory.network import (
     abstract_network,
     largest_batch,
@@ -30,7 +31,7 @@ from revjax.memory.network import (
     usual_image,
     ways_of,
 )
-from revjax.memory.report import memory_report
+from revjax.memory.report import MemoryReport
 from revjax.memory.target import find_device
 
 WAYS = ("store", "remat", "reversible")
@@ -83,8 +84,8 @@ CASES = {
 }
 
 
-def needs_of(case: Case, topology: str) -> dict[str, Any] | None:
-    """The report of a case as a dict; None where the compiler says that it does not fit."""
+def report_of(case: Case, topology: str) -> MemoryReport:
+    """What a case needs; infinite where the compiler says that it does not fit."""
     network = abstract_network(
         case.model,
         case.way,
@@ -94,21 +95,16 @@ def needs_of(case: Case, topology: str) -> dict[str, Any] | None:
         unroll=case.unroll or 1,
     )
     step, arguments = training_step(network, case.batch, usual_image(case.model))
-    try:
-        return memory_report(step, *arguments, topology=topology)._asdict()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return None
+    return reported(step, *arguments, topology=topology)
 
 
 def largest(case: Case, topology: str, available: int) -> int:
     """The largest batch of a case that fits."""
 
     def peak_bytes(batch: int) -> float:
-        needs = needs_of(case._replace(batch=batch), topology)
-        print(f"    batch {batch}: {needs and needs['peak_bytes']}", flush=True)
-        return float("inf") if needs is None else needs["peak_bytes"]
+        peak = report_of(case._replace(batch=batch), topology).peak_bytes
+        print(f"    batch {batch}: {peak}", flush=True)
+        return peak
 
     return largest_batch(peak_bytes, available, {case.batch: peak_bytes(case.batch)})
 
@@ -169,8 +165,9 @@ def main() -> None:
         if arguments.largest:
             row = {"largest_batch": largest(case, topology, arguments.largest)}
         else:
-            needs = needs_of(case, topology)
-            row = {"fits": needs is not None, **(needs or {})}
+            report = report_of(case, topology)
+            fits = report.peak_bytes < math.inf
+            row = {"fits": fits, **(report._asdict() if fits else {})}
         figures[label] = {**environment(), **row}
         path.write_text(json.dumps(figures, indent=2) + "\n")
     path.with_suffix(".md").write_text(tables(figures))

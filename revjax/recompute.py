@@ -44,6 +44,16 @@ def _branch(x, dependency):
     return jax.lax.cond(holds, lambda x: x, zeros, x)
 
 
+def checkpoint_step(step: Callable, depth: int, unroll: int | bool) -> Callable:
+    """`jax.checkpoint(step)`, for a `lax.scan` of that length and unroll.
+
+    A loop keeps the recomputation apart without a barrier. It is sure to be there only for one step
+    an iteration, and two iterations or more.
+    """
+    loop = unroll is not True and unroll == 1 and depth > 1
+    return jax.checkpoint(step, prevent_cse=not loop)
+
+
 def recompute(fun: Callable, x: PyTree, *operands: PyTree) -> tuple[PyTree, PyTree]:
     """`fun(x, *operands)`, a pair `(y, aux)`, whose gradient keeps x and operands and nothing else.
 

@@ -9,6 +9,7 @@ from flax import nnx
 
 from revjax.architecture import check_architecture, check_images, integer
 from revjax.layers import Head, Stem, call_recomputed, pure, stack
+from revjax.recompute import checkpoint_step
 from revjax.residual import Residual, shortcut
 
 
@@ -43,8 +44,7 @@ class ResidualStage(nnx.Module):
     ):
         self.remat = backward == "remat"
         self.unroll = unroll
-        # Only of one unit an iteration, and of two or more, is there surely a loop.
-        self.loop = unroll is not True and unroll == 1 and depth - 1 > 1
+        self.depth = depth
         kind = dict(bottleneck=bottleneck, dtype=dtype)
         self.first = ResidualUnit(
             inputs, outputs, stride, preactivate=preactivate, rngs=rngs, **kind
@@ -65,7 +65,7 @@ class ResidualStage(nnx.Module):
             return apply(*unit, x)
 
         if self.remat:
-            step = jax.checkpoint(step, prevent_cse=not self.loop)  # a loop keeps CSE away
+            step = checkpoint_step(step, self.depth - 1, self.unroll)
         x, statistics = jax.lax.scan(step, x, (params, statistics), unroll=self.unroll)
         nnx.update(self.rest, jax.lax.stop_gradient(statistics))
         return x

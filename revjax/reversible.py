@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from revjax.contract import check_pair
 from revjax.coupling import Coupling, additive
 from revjax.grid import GridBits, stream_bound, stream_peak
-from revjax.recompute import after, recompute
+from revjax.recompute import after, checkpoint_step, recompute
 from revjax.segments import close, lay_out
 from revjax.trees import PyTree, add, is_inexact, merge, partition, vjp
 
@@ -276,9 +276,7 @@ def _forward_chain(segments, operands, x, unroll, track, remat=False):
             return y, (aux, stream_peak(y) if track else None)
 
         if remat and segment.depth is not None:
-            # Only of one block an iteration, and of two or more, is there surely a loop.
-            loop = unroll is not True and unroll == 1 and segment.depth > 1
-            step = jax.checkpoint(step, prevent_cse=not loop)  # a loop keeps CSE away
+            step = checkpoint_step(step, segment.depth, unroll)
         x, (aux, peak) = _run(step, x, segment, params, xs, unroll)
         auxes.append(aux)
         peaks.append(peak)

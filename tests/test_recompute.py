@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from revjax.recompute import after, recompute
+from revjax.recompute import after, checkpoint_step, recompute
 
 SPECIAL = [0.0, -0.0, 1.5, jnp.inf, -jnp.inf, jnp.nan]
 
@@ -108,3 +108,16 @@ def test_memory_is_that_of_one_function():
         bytes_of[apply] = memory.temp_size_in_bytes
     activation = 512 * 64 * 4
     assert bytes_of[recompute] < bytes_of[plain] - 10 * activation
+
+
+@pytest.mark.parametrize("unroll", [1, 2, 3, 4, True])
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_a_step_has_a_barrier_unless_a_loop_is_sure(depth, unroll):
+    w = jnp.ones((depth, 3, 3))
+
+    def loss(w, x):
+        step = checkpoint_step(lambda x, w: (jnp.sin(x @ w), None), depth, unroll)
+        return jax.lax.scan(step, x, w, unroll=unroll)[0].sum()
+
+    text = jax.jit(jax.grad(loss)).lower(w, jnp.ones((2, 3))).as_text()
+    assert ("optimization_barrier" in text) == (depth == 1 or unroll != 1 or unroll is True)

@@ -20,3 +20,8 @@ from revjax.reversible import rev_chain_inverse as rev_chain_inverse
 from revjax.revnet import ReversibleChain as ReversibleChain
 from revjax.revnet import RevNet as RevNet
 from revjax.revnet import StreamPeak as StreamPeak
+from revjax.shortcut import Shortcut as Shortcut
+from revjax.stochastic_depth import StochasticDepth as StochasticDepth
+from revjax.stochastic_depth import draw_gates as draw_gates
+from revjax.stochastic_depth import expected_depth as expected_depth
+from revjax.stochastic_depth import survival_probabilities as survival_probabilities

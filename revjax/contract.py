@@ -10,6 +10,8 @@ from revjax.coupling import Coupling
 from revjax.grid import round_to_grid
 from revjax.trees import PyTree
 
+Gates = tuple[jax.Array | None, jax.Array | None] | None  # for f, for g; None: always open
+
 
 def describe(tree: PyTree) -> str:
     """A pytree's structure with `dtype[shape]` for its leaves."""
@@ -43,24 +45,33 @@ def check_coupling(coupling: Any) -> Coupling:
     return coupling
 
 
-def chain_depth(params: PyTree, xs: PyTree) -> int | None:
-    """The depth of stacked params and xs; None where they are lists of blocks.
+def chain_blocks(params: PyTree, xs: PyTree, gates: PyTree) -> tuple[int | None, list, list]:
+    """The depth of stacked params, None for a list of blocks; and what is run in turn.
+
+    Returns:
+        `(depth, params, xs)`: lists with one entry a block, or with the stacked trees alone; each
+        of xs is `(xs, gates)`.
 
     Raises:
-        TypeError: params, or an entry of the list, is not a pair.
+        TypeError: params, gates or an entry of their lists is not a pair, or a gate is not bool.
         ValueError: leading axes disagree, or there are none, or the lists differ in length.
     """
     if isinstance(params, list):
-        if xs is not None and not (isinstance(xs, list) and len(xs) == len(params)):
-            raise ValueError(
-                f"params is a list of {len(params)} blocks: xs must be one too, got {describe(xs)}."
-            )
+        for name, value in (("xs", xs), ("gates", gates)):
+            if value is not None and not (isinstance(value, list) and len(value) == len(params)):
+                raise ValueError(
+                    f"params is a list of {len(params)} blocks: {name} must be one too, got "
+                    f"{describe(value)}."
+                )
         hint = "A list holds one pair a block; stacked parameters are a tuple, (f's, g's)."
         for i, pair in enumerate(params):
             check_pair(f"params[{i}]", pair, hint)
-        return None
+        none = [None] * len(params)
+        all_gates = [_check_gates(pair) for pair in gates or none]
+        return None, params, list(zip(xs or none, all_gates, strict=True))
     check_pair("params", params)
-    leaves = jax.tree.leaves((params, xs))
+    gates = _check_gates(gates)
+    leaves = jax.tree.leaves((params, xs, gates))
     if not leaves:
         raise ValueError(
             "params and xs hold no array that would tell the depth of the chain: give params as a "
@@ -69,10 +80,21 @@ def chain_depth(params: PyTree, xs: PyTree) -> int | None:
     depths = {leaf.shape[0] if jnp.ndim(leaf) else None for leaf in leaves}
     if len(depths) > 1 or None in depths:
         raise ValueError(
-            "Every leaf of params and xs must have the depth of the chain as its leading axis, got "
-            f"params {describe(params)} and xs {describe(xs)}."
+            "Every leaf of params, xs and gates must have the depth of the chain as its leading "
+            f"axis, got params {describe(params)}, xs {describe(xs)} and gates {describe(gates)}."
         )
-    return depths.pop()
+    return depths.pop(), [params], [(xs, gates)]
+
+
+def _check_gates(gates):
+    """Gates as a pair, each None or a bool array."""
+    if gates is None:
+        return None, None
+    check_pair("gates", gates, "Give (for f, for g), each bool or None.")
+    for gate in gates:
+        if gate is not None and jnp.result_type(gate) != jnp.bool_:
+            raise TypeError(f"gates must be bool arrays or None, got {describe(gates)}.")
+    return tuple(gates)
 
 
 def residual_function(

@@ -4,7 +4,6 @@ The reversible rule, `jax.checkpoint` and `lax.scan` take pure functions of arra
 module into one, and `stack` makes many modules of a kind into one whose arrays have a leading axis.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from revjax.conv import conv
+from revjax.conventions import Conventions
 from revjax.recompute import recompute
+from revjax.stochastic_depth import apply_gated
 
 
 def stream_dtype(dtype: Any) -> Any:
@@ -27,16 +28,23 @@ def stream_dtype(dtype: Any) -> Any:
 class Conv(nnx.Module):
     """Convolution without bias, padding "SAME": `[B, H, W, C_in] -> [B, H', W', C_out]`.
 
-    It computes in `dtype` and returns the stream's. The kernel is drawn from a normal distribution
-    of standard deviation `sqrt(2 / (size * size * C_out))`, truncated at two of them.
+    It computes in `dtype` and returns the stream's. The kernel is drawn as `conventions` say.
     """
 
     def __init__(
-        self, inputs: int, outputs: int, size: int, stride: int, *, dtype: Any, rngs: nnx.Rngs
+        self,
+        inputs: int,
+        outputs: int,
+        size: int,
+        stride: int,
+        *,
+        conventions: Conventions,
+        dtype: Any,
+        rngs: nnx.Rngs,
     ):
         self.dtype = dtype
         self.stride = stride
-        init = nnx.initializers.truncated_normal(math.sqrt(2 / (size * size * outputs)))
+        init = conventions.kernel_init(size, inputs, outputs)
         shape = (size, size, inputs, outputs)
         self.kernel = nnx.Param(init(rngs.params(), shape, stream_dtype(dtype)))
 
@@ -56,32 +64,50 @@ class Conv(nnx.Module):
         return jax.lax.reduce_precision(x, bits.nexp, bits.nmant)
 
 
-class NormRelu(nnx.Module):
-    """BatchNorm, then ReLU, in the dtype of the stream. Epsilon 1e-3, decay of averages 0.99."""
+class Activation(nnx.Module):
+    """BatchNorm, then ReLU, or one of them, in the dtype of the stream.
 
-    def __init__(self, channels: int, *, dtype: Any, rngs: nnx.Rngs):
+    Args:
+        which: "norm_relu", "norm" or "relu".
+        channels: of the stream.
+        conventions: say epsilon and the decay of running averages.
+        dtype, rngs: as for `Conv`.
+    """
+
+    def __init__(
+        self, which: str, channels: int, *, conventions: Conventions, dtype: Any, rngs: nnx.Rngs
+    ):
+        self.relu = which.endswith("relu")
+        self.norm: Any = nnx.data(None)
+        if which == "relu":
+            return
         dtype = stream_dtype(dtype)
         self.norm = nnx.BatchNorm(
-            channels, momentum=0.99, epsilon=1e-3, dtype=dtype, param_dtype=dtype, rngs=rngs
+            channels,
+            momentum=conventions.decay,
+            epsilon=conventions.epsilon,
+            dtype=dtype,
+            param_dtype=dtype,
+            rngs=rngs,
         )
         self.norm.mean = nnx.BatchStat(jnp.zeros(channels, dtype))
         self.norm.var = nnx.BatchStat(jnp.ones(channels, dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return jax.nn.relu(self.norm(x))
+        if self.norm is not None:
+            x = self.norm(x)
+        return jax.nn.relu(x) if self.relu else x
 
 
 class Stem(nnx.Module):
     """Images to the stream: conv-BN-ReLU, 3x3; or 7x7/2 and a 3x3/2 max-pool for large images."""
 
-    def __init__(
-        self, inputs: int, outputs: int, *, large_images: bool, dtype: Any, rngs: nnx.Rngs
-    ):
+    def __init__(self, inputs: int, outputs: int, *, large_images: bool, dtype: Any, **kind: Any):
         self.dtype = stream_dtype(dtype)
         self.large_images = large_images
         size, stride = (7, 2) if large_images else (3, 1)
-        self.conv = Conv(inputs, outputs, size, stride, dtype=dtype, rngs=rngs)
-        self.norm_relu = NormRelu(outputs, dtype=dtype, rngs=rngs)
+        self.conv = Conv(inputs, outputs, size, stride, dtype=dtype, **kind)
+        self.norm_relu = Activation("norm_relu", outputs, dtype=dtype, **kind)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         x = self.norm_relu(self.conv(images.astype(self.dtype)))
@@ -91,24 +117,43 @@ class Stem(nnx.Module):
 
 
 class Head(nnx.Module):
-    """The stream to logits: BN-ReLU, global average pool, dense with bias.
+    """The stream to logits: an activation, global average pool, dense with bias.
 
-    The dense kernel is uniform within `sqrt(3 / C)`, its bias zero.
+    Args:
+        inputs: channels of the stream, C.
+        num_classes: logits.
+        activation: as `Activation` takes it; "" for a stream that has been through one.
+        conventions: say how the dense layer is drawn.
+        dtype, rngs: as for `Conv`.
     """
 
-    def __init__(self, inputs: int, num_classes: int, *, dtype: Any, rngs: nnx.Rngs):
-        self.norm_relu = NormRelu(inputs, dtype=dtype, rngs=rngs)
+    def __init__(
+        self,
+        inputs: int,
+        num_classes: int,
+        *,
+        activation: str = "norm_relu",
+        conventions: Conventions,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        kind: Any = dict(conventions=conventions, dtype=dtype, rngs=rngs)
+        self.activation = Activation(activation, inputs, **kind) if activation else None
+        kernel_init, bias_init = conventions.dense_inits(inputs)
         self.dense = nnx.Linear(
             inputs,
             num_classes,
-            kernel_init=nnx.initializers.variance_scaling(1.0, "fan_in", "uniform"),
+            kernel_init=kernel_init,
+            bias_init=bias_init,
             dtype=stream_dtype(dtype),
             param_dtype=stream_dtype(dtype),
             rngs=rngs,
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.dense(self.norm_relu(x).mean((1, 2)))
+        if self.activation is not None:
+            x = self.activation(x)
+        return self.dense(x.mean((1, 2)))
 
 
 def stack(depth: int, make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> Any:
@@ -139,9 +184,21 @@ def pure(module: nnx.Module) -> tuple[Callable, nnx.State, nnx.State]:
     return apply, params, statistics
 
 
-def call_recomputed(module: nnx.Module, x: Any) -> Any:
-    """`module(x)`, of which the gradient recomputes everything from `x`."""
+def call_recomputed(module: nnx.Module, x: Any, *others: Any) -> Any:
+    """`module(x, *others)`, of which the gradient recomputes everything from its inputs."""
     apply, params, statistics = pure(module)
-    y, statistics = recompute(lambda x, *states: apply(*states, x), x, params, statistics)
+    y, statistics = recompute(
+        lambda x, *operands: apply(*operands[:2], x, *operands[2:]), x, params, statistics, *others
+    )
+    nnx.update(module, jax.lax.stop_gradient(statistics))
+    return y
+
+
+def call_gated(module: nnx.Module, gate: jax.Array | None, x: jax.Array) -> jax.Array:
+    """`gate * module(x)`, as `apply_gated` has it."""
+    if gate is None:
+        return module(x)
+    apply, params, statistics = pure(module)
+    y, statistics = apply_gated(apply, gate, params, statistics, x)
     nnx.update(module, jax.lax.stop_gradient(statistics))
     return y

@@ -1,4 +1,4 @@
-"""The networks by name: those of the RevNet paper (Gomez et al. 2017, table 1), and one's own."""
+"""The networks by name: those of the three papers, and one's own."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,6 +12,8 @@ from revjax.grid import DEFAULT_GRID_BITS, GridBits, resolve_grid_bits
 from revjax.layers import stream_dtype
 from revjax.resnet import ResNet
 from revjax.revnet import RevNet
+from revjax.shortcut import Shortcut
+from revjax.stochastic_depth import StochasticDepth
 
 
 class Architecture(NamedTuple):
@@ -21,9 +23,15 @@ class Architecture(NamedTuple):
     filters: Sequence[int]
     bottleneck: bool = False
     large_images: bool = False
+    placement: str = "full_preactivation"
+    conventions: str = "revnet"
 
+
+HE: Any = {"conventions": "identity_mappings"}
+HUANG: Any = {"placement": "original", "conventions": "stochastic_depth"}
 
 ARCHITECTURES = {
+    # Gomez et al. 2017, table 1, as its authors' code has them
     "resnet32": Architecture((5, 5, 5), (16, 16, 32, 64)),
     "resnet110": Architecture((18, 18, 18), (16, 16, 32, 64)),
     "resnet164": Architecture((18, 18, 18), (16, 16, 32, 64), bottleneck=True),
@@ -35,6 +43,13 @@ ARCHITECTURES = {
     "revnet164": Architecture((9, 9, 9), (32, 32, 64, 128), bottleneck=True),
     "revnet56": Architecture((2, 2, 3, 2), (128, 128, 256, 512, 832), True, True),
     "revnet104": Architecture((2, 2, 11, 2), (128, 128, 256, 512, 832), True, True),
+    # He et al. 2016
+    "preact_resnet110": Architecture((18, 18, 18), (16, 16, 32, 64), **HE),
+    "preact_resnet164": Architecture((18, 18, 18), (16, 16, 32, 64), True, **HE),
+    "resnet1001": Architecture((111, 111, 111), (16, 16, 32, 64), True, **HE),
+    "resnet200": Architecture((3, 24, 36, 3), (64, 64, 128, 256, 512), True, True, **HE),
+    # Huang et al. 2016
+    "resnet1202": Architecture((200, 200, 200), (16, 16, 32, 64), **HUANG),
 }
 
 
@@ -61,12 +76,17 @@ def create_model(
     units: Sequence[int] | None = None,
     filters: Sequence[int] | None = None,
     bottleneck: bool | None = None,
+    placement: str | None = None,
+    shortcut: str | Shortcut | None = None,
+    conventions: str | None = None,
+    stochastic_depth: StochasticDepth | None = None,
 ) -> ResNet | RevNet:
     """Make a network by name.
 
-    The networks for CIFAR (resnet32, 110, 164; revnet38, 110, 164) take images of 32x32, or of any
-    sides that two halvings divide. Those for ImageNet (resnet50, 101, 152; revnet56, 104) take
-    224x224, or any sides. Parameters are equal in number to the authors' code.
+    The networks for ImageNet (resnet50, 101, 152, 200; revnet56, 104) take images of 224x224, or of
+    any sides. The others take those of CIFAR, 32x32, or of any sides that two halvings divide.
+    Parameters are equal in number to the authors' code. resnet110 and resnet164 are those that the
+    RevNets were compared with; preact_resnet110 and preact_resnet164 are He et al.'s.
 
     Args:
         name: one of `list_models()`; or "resnet" or "revnet" for an architecture of one's own.
@@ -79,10 +99,14 @@ def create_model(
         unroll: see `RevNet`.
         dtype: what convolutions compute in: float32, bfloat16, float16 or float64.
         units, filters, bottleneck: of an architecture of one's own, see `RevNet`.
+        placement, shortcut, conventions: see `ResNet`; None is the architecture's own. A RevNet has
+            full pre-activation and identity shortcuts.
+        stochastic_depth: see `ResNet` and `RevNet`; None is constant depth.
 
     Returns:
         The network, in training mode: `model(images [B, H, W, in_channels])` gives logits
-        `[B, num_classes]` and moves the batch statistics; `model.eval()` uses the averages.
+        `[B, num_classes]` and moves the batch statistics; `model.eval()` uses the averages. With
+        stochastic depth or dropout it is `model(images, key=jax.random.key(step))` in training.
 
     Raises:
         ValueError: no such model, or an argument that is impossible for it.
@@ -97,9 +121,10 @@ def create_model(
     if name in ARCHITECTURES:
         given = [key for key, value in own.items() if value is not None]
         if given:
+            generic = "revnet" if name.startswith("revnet") else "resnet"
             raise ValueError(
                 f"{name} has its own {', '.join(given)}: leave them out, or name the model "
-                f'"{name[:6]}" to give an architecture of your own.'
+                f'"{generic}" to give an architecture of your own.'
             )
         architecture = ARCHITECTURES[name]
     elif name in ("resnet", "revnet"):
@@ -121,17 +146,28 @@ def create_model(
         in_channels=in_channels,
         bottleneck=architecture.bottleneck,
         large_images=architecture.large_images,
+        stochastic_depth=stochastic_depth,
         unroll=unroll,
         dtype=dtype,
     )
     if backward is not None:
         options["backward"] = backward
+    styles = {"placement": placement, "shortcut": shortcut, "conventions": conventions}
+    styles = {key: value for key, value in styles.items() if value is not None}
     reversible = name.startswith("revnet")
     if reversible:
         stream = jnp.zeros((), stream_dtype(dtype))
         options["grid_bits"] = resolve_grid_bits(grid_bits, DEFAULT_GRID_BITS, stream)
+        for key, value in styles.items():
+            raise ValueError(
+                f"{key}={value!r}: {name} is reversible, which a unit is with full pre-activation "
+                "and identity shortcuts alone; leave it out, or take a ResNet."
+            )
     elif grid_bits not in ("default", None):
         raise ValueError(f"grid_bits={grid_bits!r}: {name} is not reversible and has no grid.")
+    else:
+        options |= dict(placement=architecture.placement, conventions=architecture.conventions)
+        options |= styles
 
     def make(key):
         network = RevNet if reversible else ResNet

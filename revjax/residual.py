@@ -1,23 +1,52 @@
-"""Residual functions and shortcuts, as the authors of RevNet have them."""
+"""Residual functions, and where in a unit BatchNorm and ReLU stand."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from revjax.layers import Conv, NormRelu
+from revjax.layers import Activation, Conv
+
+
+class Placement(NamedTuple):
+    """Where BatchNorm and ReLU stand in a unit `y = x + F(x)`.
+
+    Between two convolutions it is BN-ReLU in all. Each field is "norm", "relu", "norm_relu" or "".
+
+    Attributes:
+        first: before the first convolution of F, and after the last unit of the network.
+        last: after the last convolution of F.
+        addition: after the addition.
+    """
+
+    first: str
+    last: str
+    addition: str
+
+
+PLACEMENTS = {
+    "original": Placement("", "norm", "relu"),
+    "bn_after_addition": Placement("", "", "norm_relu"),
+    "relu_before_addition": Placement("", "norm_relu", ""),
+    "relu_only_preactivation": Placement("relu", "norm", ""),
+    "full_preactivation": Placement("norm_relu", "", ""),
+}
+"""He et al. 2016, figure 4, (a) to (e)."""
 
 
 class Residual(nnx.Module):
-    """A pre-activation residual function (He et al. 2016, figure 4e).
+    """A residual function F: `[B, H, W, inputs] -> [B, H', W', outputs]`, in the stream's dtype.
 
-    Basic: BN-ReLU-conv3x3(stride)-BN-ReLU-conv3x3. Bottleneck: BN-ReLU-conv1x1(stride)-BN-ReLU-
-    conv3x3-BN-ReLU-conv1x1, with a quarter of the output's channels in the middle. Without
-    `preactivate` the leading BN-ReLU is left out.
+    Basic: conv3x3(stride), conv3x3. Bottleneck: conv1x1(stride), conv3x3, conv1x1, with a quarter
+    of the output's channels in the middle.
 
-    `[B, H, W, inputs] -> [B, H', W', outputs]`, in the dtype of the stream.
+    Args:
+        inputs, outputs: channels.
+        stride: of the first convolution.
+        bottleneck: which of the two.
+        placement: one of `PLACEMENTS`: where BatchNorm and ReLU stand.
+        preactivate: False leaves out the activation before the first convolution.
+        **kind: conventions, dtype and rngs, as for `Conv`.
     """
 
     def __init__(
@@ -27,58 +56,26 @@ class Residual(nnx.Module):
         stride: int = 1,
         *,
         bottleneck: bool,
+        placement: str = "full_preactivation",
         preactivate: bool = True,
-        dtype: Any,
-        rngs: nnx.Rngs,
+        **kind: Any,
     ):
+        first, last, _ = PLACEMENTS[placement]
         middle = outputs // 4 if bottleneck else outputs
         channels = [inputs, middle, middle, outputs] if bottleneck else [inputs, middle, outputs]
         sizes = [1, 3, 1] if bottleneck else [3, 3]
+        before = [first if preactivate else "", "norm_relu", "norm_relu"]
         strides = [stride, 1, 1]
         layers: list[nnx.Module] = []
         for i, size in enumerate(sizes):
-            if preactivate or i > 0:
-                layers.append(NormRelu(channels[i], dtype=dtype, rngs=rngs))
-            layers.append(
-                Conv(channels[i], channels[i + 1], size, strides[i], dtype=dtype, rngs=rngs)
-            )
+            if before[i]:
+                layers.append(Activation(before[i], channels[i], **kind))
+            layers.append(Conv(channels[i], channels[i + 1], size, strides[i], **kind))
+        if last:
+            layers.append(Activation(last, outputs, **kind))
         self.layers = nnx.List(layers)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for layer in self.layers:
             x = layer(x)
         return x
-
-
-class PoolAndPad(nnx.Module):
-    """The shortcut without parameters: average-pool by the stride, zero-pad the channels evenly."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int):
-        self.stride = stride
-        self.padding = ((outputs - inputs) // 2, (outputs - inputs + 1) // 2)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        _, height, width, _ = x.shape
-        if height % self.stride or width % self.stride:
-            raise ValueError(
-                f"images reach a stage of stride {self.stride} as {height}x{width}: their sides "
-                "must be divisible by all strides, 4 in a CIFAR network."
-            )
-        window, zero = (1, self.stride, self.stride, 1), np.zeros((), x.dtype)
-        x = jax.lax.reduce_window(x, zero, jax.lax.add, window, window, "VALID")
-        x = x / np.asarray(self.stride**2, x.dtype)
-        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), self.padding))
-
-
-def shortcut(
-    inputs: int, outputs: int, stride: int, *, bottleneck: bool, dtype: Any, rngs: nnx.Rngs
-) -> PoolAndPad | Conv | None:
-    """The shortcut of a unit; None is the identity, where neither stride nor width changes.
-
-    Basic networks pool and pad. Bottleneck networks project the raw input by a 1x1 convolution.
-    """
-    if stride == 1 and inputs == outputs:
-        return None
-    if bottleneck:
-        return Conv(inputs, outputs, 1, stride, dtype=dtype, rngs=rngs)
-    return PoolAndPad(inputs, outputs, stride)

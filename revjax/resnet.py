@@ -1,51 +1,82 @@
-"""Pre-activation residual networks, the baselines of the RevNet paper, as its authors have them."""
+"""Residual networks: the RevNet paper's baselines, and those of the two papers beside it."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from revjax.architecture import check_architecture, check_images, integer
-from revjax.layers import Head, Stem, call_recomputed, pure, stack
+from revjax.conventions import CONVENTIONS
+from revjax.layers import (
+    Activation,
+    Head,
+    Stem,
+    call_gated,
+    call_recomputed,
+    pure,
+    stack,
+    stream_dtype,
+)
 from revjax.recompute import checkpoint_step
-from revjax.residual import Residual, shortcut
+from revjax.residual import PLACEMENTS, Residual
+from revjax.shortcut import Shortcut, Skip
+from revjax.stochastic_depth import StochasticDepth, network_gates
+
+Draws = tuple[jax.Array | None, jax.Array | None]
 
 
 class ResidualUnit(nnx.Module):
-    """`y = S(x) + F(x)`: `[B, H, W, inputs] -> [B, H', W', outputs]`."""
+    """`y = f(h(x) + F(x))`: `[B, H, W, inputs] -> [B, H', W', outputs]` (He et al. 2016, eq. 1).
 
-    def __init__(self, inputs, outputs, stride=1, *, bottleneck, preactivate=True, dtype, rngs):
-        kind = dict(bottleneck=bottleneck, dtype=dtype, rngs=rngs)
+    Called with `(gate, key)`: see `apply_gated`, and the key of a dropout shortcut.
+    """
+
+    def __init__(
+        self,
+        inputs,
+        outputs,
+        stride=1,
+        *,
+        preactivate=True,
+        placement,
+        shortcut,
+        bottleneck,
+        **kind,
+    ):
+        first, _, addition = PLACEMENTS[placement]
+        resized = stride != 1 or inputs != outputs
+        shared = preactivate and resized and kind["conventions"].shared_preactivation
+        kind |= dict(bottleneck=bottleneck, placement=placement)
+        own = {name: kind[name] for name in ("conventions", "dtype", "rngs")}
+        self.first = Activation(first, inputs, **own) if shared and first else None
+        preactivate = preactivate and self.first is None
         self.residual = Residual(inputs, outputs, stride, preactivate=preactivate, **kind)
-        self.shortcut = shortcut(inputs, outputs, stride, **kind)
+        self.skip = Skip(inputs, outputs, stride, shortcut=shortcut, **kind)
+        self.addition = Activation(addition, outputs, **own) if addition else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return (x if self.shortcut is None else self.shortcut(x)) + self.residual(x)
+    def __call__(self, x: jax.Array, draws: Draws = (None, None)) -> jax.Array:
+        gate, key = draws
+        if self.first is not None:
+            x = self.first(x)
+        skip, scale = self.skip(x, key)
+        residual = call_gated(self.residual, gate, x)
+        y = skip + (residual if scale is None else scale * residual)
+        return y if self.addition is None else self.addition(y)
 
 
 class ResidualStage(nnx.Module):
     """A unit that may change shape, then `depth - 1` equal ones, run by one `lax.scan`."""
 
     def __init__(
-        self,
-        inputs,
-        outputs,
-        stride,
-        depth,
-        *,
-        preactivate,
-        backward,
-        unroll,
-        bottleneck,
-        dtype,
-        rngs,
+        self, inputs, outputs, stride, depth, *, preactivate, backward, unroll, rngs, **kind
     ):
         self.remat = backward == "remat"
         self.unroll = unroll
         self.depth = depth
-        kind = dict(bottleneck=bottleneck, dtype=dtype)
         self.first = ResidualUnit(
             inputs, outputs, stride, preactivate=preactivate, rngs=rngs, **kind
         )
@@ -55,24 +86,27 @@ class ResidualStage(nnx.Module):
 
         self.rest = stack(depth - 1, unit, rngs) if depth > 1 else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = call_recomputed(self.first, x) if self.remat else self.first(x)
+    def __call__(self, x: jax.Array, draws: Draws = (None, None)) -> jax.Array:
+        """Apply the units; every leaf of draws is `[depth, ...]`."""
+        first, rest = (jax.tree.map(lambda a, i=i: a[i], draws) for i in (0, slice(1, None)))
+        x = call_recomputed(self.first, x, first) if self.remat else self.first(x, first)
         if self.rest is None:
             return x
         apply, params, statistics = pure(self.rest)
 
         def step(x, unit):
-            return apply(*unit, x)
+            params, statistics, draws = unit
+            return apply(params, statistics, x, draws)
 
         if self.remat:
             step = checkpoint_step(step, self.depth - 1, self.unroll)
-        x, statistics = jax.lax.scan(step, x, (params, statistics), unroll=self.unroll)
+        x, statistics = jax.lax.scan(step, x, (params, statistics, rest), unroll=self.unroll)
         nnx.update(self.rest, jax.lax.stop_gradient(statistics))
         return x
 
 
 class ResNet(nnx.Module):
-    """A pre-activation ResNet (He et al. 2016), as in the RevNet paper's comparisons.
+    """A residual network: pre-activation as in the RevNet paper's comparisons, or as asked for.
 
     Args:
         units: residual units in each stage; every stage but the first halves height and width.
@@ -82,6 +116,16 @@ class ResNet(nnx.Module):
         in_channels: channels of the images.
         bottleneck: residual functions of 1x1, 3x3, 1x1 convolutions instead of two 3x3.
         large_images: the ImageNet stem, which reduces height and width by four.
+        placement: where BatchNorm and ReLU stand (He et al. 2016, figure 4): "original",
+            "bn_after_addition", "relu_before_addition", "relu_only_preactivation" or
+            "full_preactivation". The stem is conv-BN-ReLU in all, so the first unit has no
+            activation before its first convolution (section 4.1).
+        shortcut: what is on the way around a residual function: a `Shortcut`, or its kind.
+        stochastic_depth: None for constant depth. A gate is drawn for each unit, those that
+            change shape among them; a dropped unit is its shortcut alone.
+        conventions: whose code BatchNorm's constants and the initialisation are of: "revnet",
+            "identity_mappings" (where also a unit that changes shape has one BN-ReLU for shortcut
+            and residual function) or "stochastic_depth".
         backward: "store" keeps activations for the gradient; "remat" keeps the input of each unit
             and recomputes the rest. Only "store" has forward mode.
         unroll: as in `RevNet`.
@@ -99,6 +143,10 @@ class ResNet(nnx.Module):
         in_channels: int = 3,
         bottleneck: bool = False,
         large_images: bool = False,
+        placement: str = "full_preactivation",
+        shortcut: str | Shortcut = "identity",
+        stochastic_depth: StochasticDepth | None = None,
+        conventions: str = "revnet",
         backward: Literal["store", "remat"] = "store",
         unroll: int | bool = 1,
         dtype: Any = jnp.float32,
@@ -112,9 +160,19 @@ class ResNet(nnx.Module):
             unroll=unroll,
             ways=("store", "remat"),
         )
+        if placement not in PLACEMENTS:
+            raise ValueError(f"placement={placement!r}: give one of {', '.join(PLACEMENTS)}.")
+        if conventions not in CONVENTIONS:
+            raise ValueError(f"conventions={conventions!r}: give one of {', '.join(CONVENTIONS)}.")
+        shortcut = (Shortcut(shortcut) if isinstance(shortcut, str) else shortcut).checked()
         num_classes = integer("num_classes", num_classes)
         self.in_channels = in_channels = integer("in_channels", in_channels)
-        kind = dict(dtype=dtype, rngs=rngs)
+        self.units = units
+        self.stochastic_depth = None if stochastic_depth is None else stochastic_depth.checked()
+        self.dropout = shortcut.rate is not None
+        self.deterministic = False  # set by train() and eval()
+        self.dtype = stream_dtype(dtype)
+        kind: Any = dict(conventions=CONVENTIONS[conventions], dtype=dtype, rngs=rngs)
         self.stem = Stem(in_channels, filters[0], large_images=large_images, **kind)
         width, stages = filters[0], []
         for i, (depth, listed) in enumerate(zip(units, filters[1:], strict=True)):
@@ -126,6 +184,8 @@ class ResNet(nnx.Module):
                     1 if i == 0 else 2,
                     depth,
                     preactivate=i > 0,
+                    placement=placement,
+                    shortcut=shortcut,
                     backward=backward,
                     unroll=unroll,
                     bottleneck=bottleneck,
@@ -134,12 +194,40 @@ class ResNet(nnx.Module):
             )
             width = outputs
         self.stages = nnx.List(stages)
-        self.head = Head(width, num_classes, **kind)
+        self.head = Head(width, num_classes, activation=PLACEMENTS[placement].first, **kind)
 
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """`[B, H, W, in_channels] -> [B, num_classes]`, in the dtype of the stream."""
+    def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """`[B, H, W, in_channels] -> [B, num_classes]`, in the dtype of the stream.
+
+        key is a PRNG key, of which stochastic depth and dropout draw in training mode.
+        """
         check_images(images, self.in_channels)
         x = self.stem(images)
-        for stage in self.stages:
-            x = stage(x)
+        for stage, draws in zip(self.stages, self._draws(len(images), key), strict=True):
+            x = stage(x, draws)
         return self.head(x)
+
+    def _draws(self, batch_size, key):
+        """The gates and dropout keys of each stage, `[depth, ...]`."""
+        gate_key = dropout_key = None
+        if key is not None:
+            gate_key, dropout_key = jax.random.split(key)
+        num_units = sum(self.units)
+        gates = network_gates(
+            self.stochastic_depth,
+            num_units,
+            batch_size,
+            self.dtype,
+            key=gate_key,
+            training=not self.deterministic,
+        )
+        keys = None
+        if self.dropout and not self.deterministic:
+            if dropout_key is None:
+                raise ValueError(
+                    "dropout on the shortcuts draws from a key: call "
+                    "model(images, key=jax.random.key(step)), or model.eval() first."
+                )
+            keys = jax.random.split(dropout_key, num_units)
+        for i, j in itertools.pairwise(np.cumsum((0, *self.units))):
+            yield jax.tree.map(lambda a, own=slice(i, j): a[own], (gates, keys))

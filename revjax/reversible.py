@@ -23,8 +23,9 @@ from typing import Any, Literal, TypedDict, Unpack
 import jax
 import jax.numpy as jnp
 
-from revjax.contract import check_pair
+from revjax.contract import Gates, check_pair
 from revjax.coupling import Coupling, additive
+from revjax.gate import run_if
 from revjax.grid import GridBits, stream_bound, stream_peak
 from revjax.recompute import after, checkpoint_step, recompute
 from revjax.segments import close, lay_out
@@ -40,6 +41,7 @@ class BlockOptions(TypedDict, total=False):
     coupling: Coupling
     grid_bits: GridBits
     has_aux: bool
+    gates: Gates
 
 
 def rev_block_apply(
@@ -49,7 +51,7 @@ def rev_block_apply(
 
     Args:
         f, g, params, x, *args: as for `rev_chain_apply`, without the leading axis.
-        **options: coupling, grid_bits, has_aux, as `rev_chain_apply` has them.
+        **options: coupling, grid_bits, has_aux, gates, as `rev_chain_apply` has them.
 
     Returns:
         `y = (y1, y2)`, each like its half of x; with has_aux, `(y, (aux_f, aux_g))`. Raises what
@@ -62,7 +64,7 @@ def rev_block_apply(
         >>> print(rev_block_inverse(dense, dense, params, y)[0][0])
         [1. 1. 1.]
     """
-    out = rev_chain_apply(f, g, [check_pair("params", params)], x, *args, **options)
+    out = rev_chain_apply(f, g, [check_pair("params", params)], x, *args, **_of_chain(options))
     return (out[0], out[1][0]) if options.get("has_aux") else out
 
 
@@ -70,7 +72,13 @@ def rev_block_inverse(
     f: Callable, g: Callable, params: Pair, y: Pair, *args: PyTree, **options: Unpack[BlockOptions]
 ) -> Pair:
     """Recover x from `y = rev_block_apply(f, g, params, x, *args)`, as `rev_chain_inverse` does."""
-    return rev_chain_inverse(f, g, [check_pair("params", params)], y, *args, **options)
+    blocks = [check_pair("params", params)]
+    return rev_chain_inverse(f, g, blocks, y, *args, **_of_chain(options))
+
+
+def _of_chain(options: BlockOptions) -> Any:
+    gates = options.get("gates")
+    return options if gates is None else options | {"gates": [gates]}
 
 
 def rev_chain_apply(
@@ -80,6 +88,7 @@ def rev_chain_apply(
     x: Pair,
     *args: PyTree,
     xs: PyTree = None,
+    gates: Gates | list[Gates] = None,
     coupling: Coupling = additive,
     grid_bits: GridBits = "default",
     has_aux: bool = False,
@@ -104,6 +113,10 @@ def rev_chain_apply(
         *args: further inputs of every f and g, any pytrees; bind static ones by functools.partial.
         xs: inputs that differ by block (keys, gates, statistics), any pytree with every leaf
             `[depth, ...]`; where params is a list, a list with an entry a block.
+        gates: which functions run (stochastic depth, Huang et al. 2016): `(for f, for g)`, each
+            bool `[depth]`, or None for always; where params is a list, a list of such pairs of
+            bool `[]`. A closed function does not run, forward or backward: its half of the stream
+            stays as it is, its gradients and its aux are zero.
         coupling: how a residual joins the stream: `revjax.additive` or `revjax.affine`.
         grid_bits: k rounds x and every residual to multiples of `2**-k`, so that gradient and
             inverse are exact while the stream stays within `stream_bound(k)`; x must be float32 or
@@ -133,7 +146,7 @@ def rev_chain_apply(
         >>> print(rev_chain_inverse(dense, dense, (w, w), y)[0][0])
         [1. 1. 1.]
     """
-    chain = f, g, params, xs
+    chain = f, g, params, xs, gates
     y, (aux,) = apply_chains(
         [chain], x, args, coupling, grid_bits, has_aux, unroll, backward, range_check
     )
@@ -141,7 +154,7 @@ def rev_chain_apply(
 
 
 def apply_chains(
-    chains: list[tuple[Callable, Callable, Pair | list[Pair], PyTree]],
+    chains: list[tuple[Callable, Callable, Pair | list[Pair], PyTree, Gates | list[Gates]]],
     x: Pair,
     args: tuple[PyTree, ...],
     coupling: Coupling,
@@ -151,7 +164,7 @@ def apply_chains(
     backward: Backward,
     range_check: Callable[[jax.Array, float], object] | None,
 ) -> tuple[Pair, list[Any]]:
-    """Apply chains `(f, g, params, xs)` in turn, as one: nothing is saved in between.
+    """Apply chains `(f, g, params, xs, gates)` in turn, as one: nothing is saved in between.
 
     All else is as for `rev_chain_apply`. Returns y, and what each chain has for its aux.
     """
@@ -169,7 +182,7 @@ def apply_chains(
         range_check(stream_peak((x, peaks)), min(bounds, default=float("inf")))
     each = iter(jax.lax.stop_gradient(auxes))
     return y, [
-        [next(each) for _ in p] if isinstance(p, list) else next(each) for _, _, p, _ in chains
+        [next(each) for _ in p] if isinstance(p, list) else next(each) for _, _, p, *_ in chains
     ]
 
 
@@ -180,24 +193,25 @@ def rev_chain_inverse(
     y: Pair,
     *args: PyTree,
     xs: PyTree = None,
+    gates: Gates | list[Gates] = None,
     coupling: Coupling = additive,
     grid_bits: GridBits = "default",
     has_aux: bool = False,
     unroll: int | bool = 1,
 ) -> Pair:
-    """Recover x from `y = rev_chain_apply(f, g, params, x, *args, xs=xs)`.
+    """Recover x from `y = rev_chain_apply(f, g, params, x, *args, xs=xs, gates=gates)`.
 
     On the grid it is bit for bit x rounded to the grid; off it, x up to an error that grows with
     depth. Differentiable in both modes, with stored activations.
 
     Args:
-        f, g, params, y, *args, xs: what `rev_chain_apply` was given and returned.
+        f, g, params, y, *args, xs, gates: what `rev_chain_apply` was given and returned.
         coupling, grid_bits, has_aux, unroll: as there; aux outputs are dropped.
 
     Returns:
         `x = (x1, x2)`, of y's structure, shapes and dtypes. Raises what `rev_chain_apply` raises.
     """
-    chain = f, g, params, xs
+    chain = f, g, params, xs, gates
     _, y, segments, operands = lay_out([chain], y, args, coupling, grid_bits, has_aux)
     for segment, (params, xs, shared) in zip(reversed(segments), reversed(operands), strict=True):
 
@@ -214,44 +228,63 @@ def rev_chain_inverse(
 
 def _forward(block, x, params, xs, shared):
     f, g, coupling = block
-    x1, x2 = x
-    f_out, f_aux = f(params[0], x2, xs, *shared[0])
-    y1 = coupling.combine(x1, f_out)
-    g_out, g_aux = g(params[1], y1, xs, *shared[1])
-    y2 = coupling.combine(x2, g_out)
+    (x1, x2), (xs, (gate_f, gate_g)) = x, xs
+    y1, f_aux = _do(f, coupling, gate_f, x1, params[0], x2, xs, *shared[0])
+    y2, g_aux = _do(g, coupling, gate_g, x2, params[1], y1, xs, *shared[1])
     return (y1, y2), (f_aux, g_aux)
 
 
 def _inverse(block, y, params, xs, shared):
     f, g, coupling = block
-    y1, y2 = y
-    x2 = coupling.separate(y2, g(params[1], y1, xs, *shared[1])[0])
-    x1 = coupling.separate(y1, f(params[0], x2, xs, *shared[0])[0])
+    (y1, y2), (xs, (gate_f, gate_g)) = y, xs
+    inverse = coupling._replace(combine=coupling.separate)
+    x2, _ = _do(g, inverse, gate_g, y2, params[1], y1, xs, *shared[1])
+    x1, _ = _do(f, inverse, gate_f, y1, params[0], x2, xs, *shared[0])
     return x1, x2
 
 
 def _backward(block, y, dy, params, xs, shared):
     f, g, coupling = block
-    (y1, y2), (dy1, dy2) = y, dy
-    x2, dx2, from_g = _undo(g, coupling, y2, dy2, dy1, params[1], y1, xs, *shared[1])
+    (y1, y2), (dy1, dy2), (xs, (gate_f, gate_g)) = y, dy, xs
+    x2, dx2, from_g = _undo(g, coupling, gate_g, y2, dy2, dy1, params[1], y1, xs, *shared[1])
     dparams_g, dy1, dxs_g, *dshared_g = from_g
-    x1, dx1, from_f = _undo(f, coupling, y1, dy1, dx2, params[0], x2, xs, *shared[0])
+    x1, dx1, from_f = _undo(f, coupling, gate_f, y1, dy1, dx2, params[0], x2, xs, *shared[0])
     dparams_f, dx2, dxs_f, *dshared_f = from_f
-    dparams, dxs, dshared = (dparams_f, dparams_g), add(dxs_f, dxs_g), [dshared_f, dshared_g]
+    dparams, dshared = (dparams_f, dparams_g), [dshared_f, dshared_g]
+    dxs = add(dxs_f, dxs_g), (None, None)
     return (x1, x2), (dx1, dx2), dparams, dxs, dshared
 
 
-def _undo(h, coupling, y, dy, dhalf, params, half, *operands):
+def _do(h, coupling, gate, x, *operands):
+    """`combine(x, residual)`, and h's aux; where the gate is closed, x and zeros."""
+
+    def run(x, *operands):
+        residual, aux = h(*operands)
+        return coupling.combine(x, residual), aux
+
+    return run_if(gate, run, lambda zeros, x, *_: (x, zeros[1]), x, *operands)
+
+
+def _undo(h, coupling, gate, y, dy, dhalf, params, half, *operands):
     """Reconstruct x of `y = combine(x, h(params, half, ...))`, and differentiate, by one vjp of h.
 
     Half is handed through, so that the cotangent it has already is the first term of the sum, as in
     stored backprop: the order of a float sum matters, in bf16 to far more than the last bit.
     """
-    (residual, _), h_vjp = vjp(lambda *ops: (h(*ops)[0], ops[1]), params, half, *operands)
-    x = coupling.separate(y, residual)
-    _, combine_vjp = vjp(coupling.combine, x, residual)
-    dx, dresidual = combine_vjp(dy)
-    return x, dx, h_vjp((dresidual, dhalf))
+
+    def run(y, dy, dhalf, params, half, *operands):
+        operands = params, half, *operands
+        (residual, _), h_vjp = vjp(lambda *ops: (h(*ops)[0], ops[1]), *operands)
+        x = coupling.separate(y, residual)
+        _, combine_vjp = vjp(coupling.combine, x, residual)
+        dx, dresidual = combine_vjp(dy)
+        return x, dx, h_vjp((dresidual, dhalf))
+
+    def skip(zeros, y, dy, dhalf, *_):
+        dparams, _, *rest = zeros[2]
+        return y, dy, (dparams, dhalf, *rest)
+
+    return run_if(gate, run, skip, y, dy, dhalf, params, half, *operands)
 
 
 # The chain: segments; and apart, as they are traced, their operands `(params, xs, shared)` ------

@@ -1,18 +1,25 @@
 """Reversible residual networks (Gomez et al. 2017), as the authors' code has them."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from revjax.architecture import check_architecture, check_images, integer
+from revjax.conventions import CONVENTIONS
 from revjax.coupling import additive
 from revjax.grid import DEFAULT_GRID_BITS
-from revjax.layers import Head, Stem, call_recomputed, pure, stack
-from revjax.residual import Residual, shortcut
+from revjax.layers import Head, Stem, call_gated, call_recomputed, pure, stack
+from revjax.residual import Residual
 from revjax.reversible import Backward, Pair, apply_chains, rev_chain_inverse
+from revjax.shortcut import resize
+from revjax.stochastic_depth import StochasticDepth, apply_gated, network_gates
+
+Gates = Any  # of a chain or stage: arrays [depth, ...] for F and for G; (None, None): all run
 
 
 class StreamPeak(nnx.Variable):
@@ -53,35 +60,42 @@ class ReversibleChain(nnx.Module):
         self.use_running_average = False  # set by train() and eval()
         self.peak = None if grid_bits is None else StreamPeak(jnp.zeros((), jnp.float32))
 
-    def __call__(self, x: Pair) -> Pair:
-        """Apply the chain, moving batch statistics in training mode: pair to pair of one shape."""
-        return call_chains([self], x)
+    def __call__(self, x: Pair, gates: Gates = (None, None)) -> Pair:
+        """Apply the chain, moving batch statistics in training mode: pair to pair of one shape.
 
-    def inverse(self, y: Pair) -> Pair:
-        """The input that the chain maps to `y`; statistics do not move.
+        gates are `(for F, for G)`, each None or `[depth, ...]` as `apply_gated` takes one.
+        """
+        return call_chains([self], x, [gates])
+
+    def inverse(self, y: Pair, gates: Gates = (None, None)) -> Pair:
+        """The input that the chain maps to `y`, with the same gates; statistics do not move.
 
         In training mode the batch must be the one that gave y: its statistics are used again.
         """
-        f, g, params, statistics = self.pure()
+        f, g, params, xs, gates = self.pure(gates)
         options: Any = dict(has_aux=True, grid_bits=self.grid_bits, unroll=self.unroll)
-        return rev_chain_inverse(f, g, params, y, xs=statistics, **options)
+        return rev_chain_inverse(f, g, params, y, xs=xs, gates=gates, **options)
 
-    def pure(self) -> tuple[Callable, Callable, Any, Any]:
-        """The chain's f, g, params and xs, as `rev_chain_apply` takes them."""
+    def pure(self, gates: Gates) -> tuple[Callable, Callable, Any, Any, Any]:
+        """The chain's f, g, params, xs and gates, as `rev_chain_apply` takes them."""
         apply_f, params_f, statistics_f = pure(self.f)
         apply_g, params_g, statistics_g = pure(self.g)
+        is_drawn = gates[0] is not None and gates[0].dtype == bool
+        gates, factors = (gates, (None, None)) if is_drawn else ((None, None), gates)
 
-        def f(params, x2, statistics):
-            return apply_f(params, statistics[0], x2)
+        def f(params, x2, xs):
+            statistics, factors = xs
+            return apply_gated(apply_f, factors[0], params, statistics[0], x2)
 
-        def g(params, y1, statistics):
-            return apply_g(params, statistics[1], y1)
+        def g(params, y1, xs):
+            statistics, factors = xs
+            return apply_gated(apply_g, factors[1], params, statistics[1], y1)
 
-        params, statistics = (params_f, params_g), (statistics_f, statistics_g)
-        return (f, g, params, statistics) if self.scanned else (f, g, [params], [statistics])
+        params, xs = (params_f, params_g), ((statistics_f, statistics_g), factors)
+        return (f, g, params, xs, gates) if self.scanned else (f, g, [params], [xs], [gates])
 
 
-def call_chains(chains: list[ReversibleChain], x: Pair) -> Pair:
+def call_chains(chains: list[ReversibleChain], x: Pair, gates: list[Gates]) -> Pair:
     """Apply chains in turn, as one reversible chain; all have the options of the first."""
     first = chains[0]
 
@@ -92,7 +106,7 @@ def call_chains(chains: list[ReversibleChain], x: Pair) -> Pair:
 
     track = first.peak is not None and not first.use_running_average
     y, auxes = apply_chains(
-        [chain.pure() for chain in chains],
+        [chain.pure(own) for chain, own in zip(chains, gates, strict=True)],
         x,
         (),
         coupling=additive,
@@ -102,10 +116,17 @@ def call_chains(chains: list[ReversibleChain], x: Pair) -> Pair:
         backward=first.backward,
         range_check=record if track else None,
     )
-    for chain, aux in zip(chains, auxes, strict=True):
-        f_statistics, g_statistics = aux if chain.scanned else aux[0]
-        nnx.update(chain.f, f_statistics)
-        nnx.update(chain.g, g_statistics)
+    for chain, own, aux in zip(chains, gates, auxes, strict=True):
+        for module, gate, statistics in zip(
+            (chain.f, chain.g), own, aux if chain.scanned else aux[0], strict=True
+        ):
+            if gate is not None and gate.dtype == bool:  # the aux of a closed function is zero
+                statistics = jax.tree.map(
+                    lambda new, old, gate=gate: jnp.where(jnp.expand_dims(gate, -1), new, old),
+                    statistics,
+                    nnx.state(module, nnx.BatchStat),
+                )
+            nnx.update(module, statistics)
     return y
 
 
@@ -118,13 +139,13 @@ class Transition(nnx.Module):
     def __init__(self, inputs, outputs, stride, *, preactivate, **kind):
         self.f = Residual(inputs, outputs, stride, preactivate=preactivate, **kind)
         self.g = Residual(outputs, outputs, **kind)
-        self.shortcut1: Any = shortcut(inputs, outputs, stride, **kind)
-        self.shortcut2: Any = shortcut(inputs, outputs, stride, **kind)
+        self.shortcut1: Any = resize(inputs, outputs, stride, **kind)
+        self.shortcut2: Any = resize(inputs, outputs, stride, **kind)
 
-    def __call__(self, x: Pair) -> Pair:
+    def __call__(self, x: Pair, gates: Gates = (None, None)) -> Pair:
         x1, x2 = x
-        y1 = self.shortcut1(x1) + self.f(x2)
-        y2 = self.shortcut2(x2) + self.g(y1)
+        y1 = self.shortcut1(x1) + call_gated(self.f, gates[0], x2)
+        y2 = self.shortcut2(x2) + call_gated(self.g, gates[1], y1)
         return y1, y2
 
 
@@ -166,23 +187,27 @@ class RevStage(nnx.Module):
             )
         self.rest = ReversibleChain(residual, residual, depth - 1, **rule) if depth > 1 else None
 
-    def __call__(self, x: Pair) -> Pair:
-        chains = [] if self.rest is None else [self.rest]
+    def __call__(self, x: Pair, gates: Gates = (None, None)) -> Pair:
+        """Apply the units; gates are `(for F, for G)`, each None or `[depth, ...]`."""
+        first, rest = (jax.tree.map(lambda a, i=i: a[i], gates) for i in (0, slice(1, None)))
+        chains, own = ([], []) if self.rest is None else ([self.rest], [rest])
         if isinstance(self.first, ReversibleChain):
-            chains = [self.first, *chains]
+            chains, own = [self.first, *chains], [first, *own]
         else:
-            x = self.first(x) if self.store else call_recomputed(self.first, x)
-        return call_chains(chains, x) if chains else x
+            x = self.first(x, first) if self.store else call_recomputed(self.first, x, first)
+        return call_chains(chains, x, own) if chains else x
 
-    def inverse(self, y: Pair) -> Pair:
+    def inverse(self, y: Pair, gates: Gates = (None, None)) -> Pair:
         """Undo the reversible part: the input of the stage, or of its second unit.
 
         It is the former where the first unit keeps the shape (basic networks, stage 1). In training
-        mode the batch must be the one that gave y. Statistics do not move.
+        mode the batch must be the one that gave y, and gates, if there are any, those that it was
+        given. Statistics do not move.
         """
+        first, rest = (jax.tree.map(lambda a, i=i: a[i], gates) for i in (0, slice(1, None)))
         if self.rest is not None:
-            y = self.rest.inverse(y)
-        return self.first.inverse(y) if isinstance(self.first, ReversibleChain) else y
+            y = self.rest.inverse(y, rest)
+        return self.first.inverse(y, first) if isinstance(self.first, ReversibleChain) else y
 
 
 class RevNet(nnx.Module):
@@ -199,6 +224,9 @@ class RevNet(nnx.Module):
         in_channels: channels of the images.
         bottleneck: residual functions of 1x1, 3x3, 1x1 convolutions instead of two 3x3.
         large_images: the ImageNet stem, which reduces height and width by four.
+        stochastic_depth: None for constant depth. A gate is drawn for each residual function: with
+            the F and G of every unit there are as many as in a ResNet of the same layers. The
+            reconstruction has the same gates, so that gradients are as exact.
         backward: "reversible" reconstructs activations; "remat" keeps the input of each unit and
             recomputes the rest; "store" keeps all. Parameters and numbers are the same. Only
             "store" has forward mode.
@@ -221,6 +249,7 @@ class RevNet(nnx.Module):
         in_channels: int = 3,
         bottleneck: bool = False,
         large_images: bool = False,
+        stochastic_depth: StochasticDepth | None = None,
         backward: Backward = "reversible",
         grid_bits: int | None = DEFAULT_GRID_BITS,
         unroll: int | bool = 1,
@@ -238,8 +267,12 @@ class RevNet(nnx.Module):
         )
         num_classes = integer("num_classes", num_classes)
         self.in_channels = in_channels = integer("in_channels", in_channels)
+        self.units = units
+        self.stochastic_depth = None if stochastic_depth is None else stochastic_depth.checked()
+        self.deterministic = False  # set by train() and eval()
         self.store = backward == "store"
-        self.stem = Stem(in_channels, filters[0], large_images=large_images, dtype=dtype, rngs=rngs)
+        kind: Any = dict(conventions=CONVENTIONS["revnet"], dtype=dtype, rngs=rngs)
+        self.stem = Stem(in_channels, filters[0], large_images=large_images, **kind)
         width, stages = filters[0], []
         for i, (depth, listed) in enumerate(zip(units, filters[1:], strict=True)):
             outputs = 4 * listed if bottleneck else listed
@@ -253,20 +286,42 @@ class RevNet(nnx.Module):
                 grid_bits=grid_bits,
                 unroll=unroll,
                 bottleneck=bottleneck,
-                dtype=dtype,
-                rngs=rngs,
+                **kind,
             )
             stages.append(stage)
             width = outputs
         self.stages = nnx.List(stages)
-        self.head = Head(width, num_classes, dtype=dtype, rngs=rngs)
+        self.head = Head(width, num_classes, **kind)
 
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """`[B, H, W, in_channels] -> [B, num_classes]`, in the dtype of the stream."""
+    def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """`[B, H, W, in_channels] -> [B, num_classes]`, in the dtype of the stream.
+
+        key is a PRNG key, of which stochastic depth draws its gates in training mode.
+        """
         check_images(images, self.in_channels)
         images = images.astype(self.stem.dtype)
         x = self.stem(images) if self.store else call_recomputed(self.stem, images)
         x1, x2 = jnp.split(x, 2, axis=-1)
-        for stage in self.stages:
-            x1, x2 = stage((x1, x2))
+        for stage, gates in zip(self.stages, self.gates(len(images), key), strict=True):
+            x1, x2 = stage((x1, x2), gates)
         return self.head(jnp.concatenate([x1, x2], axis=-1))
+
+    def gates(self, batch_size: int, key: jax.Array | None = None) -> list[Gates]:
+        """The gates of each stage, as the stage and its inverse take them.
+
+        In training mode they are drawn from key, as a call with the same key draws them; in
+        evaluation mode they are survival probabilities; without stochastic depth, None.
+        """
+        gates = network_gates(
+            self.stochastic_depth,
+            2 * sum(self.units),
+            batch_size,
+            self.stem.dtype,
+            key=key,
+            training=not self.deterministic,
+        )
+        if gates is None:
+            return [(None, None)] * len(self.units)
+        f, g = gates[0::2], gates[1::2]
+        edges = np.cumsum((0, *self.units))
+        return [(f[i:j], g[i:j]) for i, j in itertools.pairwise(edges)]

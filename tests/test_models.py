@@ -11,8 +11,7 @@ comparison of trees covers all that a network changes.
 import functools
 import math
 import re
-from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
@@ -22,9 +21,20 @@ import pytest
 from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
+from networks import (
+    COMPILE_FAST,
+    Step,
+    cross_entropy,
+    draw_arrays,
+    relative_error,
+    restrict,
+    setting,
+    with_arrays,
+)
 from scipy.stats import truncnorm
 
 from revjax import ResNet, RevNet, StreamPeak, create_model, list_models, round_to_grid
+from revjax.conventions import CONVENTIONS
 from revjax.layers import Conv
 
 CLASSES = 5
@@ -92,7 +102,7 @@ class Oracle:
         if stride == 1 and inputs == outputs:
             return x
         if self.bottleneck:
-            return self.conv(v, x, stride)
+            return self.conv(v["conv"], x, stride)
         b, h, w, _ = x.shape
         x = x.reshape(b, h // stride, stride, w // stride, stride, inputs).mean((2, 4))
         low = jnp.zeros((*x.shape[:3], (outputs - inputs) // 2))
@@ -101,7 +111,7 @@ class Oracle:
 
     def residual_unit(self, v, x, outputs, stride, very_first):
         residual = self.residual(v["residual"], x, stride, preactivate=not very_first)
-        return self.shortcut(v.get("shortcut"), x, outputs, stride) + residual
+        return self.shortcut(v.get("skip", {}).get("resize"), x, outputs, stride) + residual
 
     def reversible_unit(self, v, x, outputs, stride, very_first):
         x1, x2 = jnp.split(x, 2, 3)
@@ -144,23 +154,11 @@ class Oracle:
         for i, (depth, outputs) in enumerate(zip(self.units, self.filters[1:], strict=True)):
             outputs = 4 * outputs if self.bottleneck else outputs
             x = self.stage(v["stages"][i], x, depth, outputs, 1 if i == 0 else 2, i == 0)
-        x = self.norm_relu(v["head"]["norm_relu"], x).mean((1, 2))
+        x = self.norm_relu(v["head"]["activation"], x).mean((1, 2))
         return x @ v["head"]["dense"]["kernel"] + v["head"]["dense"]["bias"], v
 
 
 # Networks, their arrays, and one step of each ---------------------------------------------------
-
-# A program runs once here: what optimisation saves is less than it costs.
-COMPILE_FAST = {"xla_backend_optimization_level": 0}
-
-
-def setting(dtype):
-    """Float64 needs x64; and flax's BatchNorm is not strict about promotion there."""
-    stack = ExitStack()
-    if dtype == "float64":
-        stack.enter_context(jax.enable_x64(True))
-        stack.enter_context(jax.numpy_dtype_promotion("standard"))
-    return stack
 
 
 def make(kind, dtype="float32", backward=None, grid_bits: Any = "default", unroll=1) -> Any:
@@ -177,49 +175,12 @@ def make(kind, dtype="float32", backward=None, grid_bits: Any = "default", unrol
     return nnx.eval_shape(lambda: create_model(name, CLASSES, rngs=nnx.Rngs(0), **options))
 
 
-def draw_arrays(network):
-    """Arrays for a network's variables, none of them special: no zero bias, no variance of one."""
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        name = path[-1].key
-        if name == "peak":
-            return np.float32(-1)
-        if name == "kernel":
-            value = rng.standard_normal(leaf.shape) / np.sqrt(np.prod(leaf.shape[-4:-1]))
-        elif name in ("scale", "var"):
-            value = rng.uniform(0.5, 1.5, leaf.shape)
-        else:
-            value = rng.uniform(-0.5, 0.5, leaf.shape)
-        return value.astype(leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(nnx.state(network)))
-
-
-def with_arrays(network, arrays):
-    graphdef, state = nnx.split(network)
-    nnx.replace_by_pure_dict(state, arrays)
-    return nnx.merge(graphdef, state)
-
-
 def batch(kind, dtype="float32"):
     rng = np.random.default_rng(1)
     side = NETWORKS[kind][4]
     images = rng.standard_normal((BATCH, side, side + 2, 3))
     labels = rng.integers(0, CLASSES, BATCH)
     return images.astype("float64" if dtype == "float64" else "float32"), labels
-
-
-def cross_entropy(logits, labels):
-    labels = jax.nn.one_hot(labels, logits.shape[1], dtype=logits.dtype)
-    return -jnp.mean(jnp.sum(jax.nn.log_softmax(logits) * labels, -1))
-
-
-class Step(NamedTuple):
-    loss: Any
-    logits: Any
-    gradient: Any  # with respect to the parameters, a nested dict
-    variables: Any  # all of them as the forward pass leaves them, a nested dict
 
 
 def step_of(network):
@@ -261,23 +222,6 @@ def train_oracle(kind) -> Step:
         (value, (logits, after)), gradient = jax.device_get(step(draw_arrays(network)))
         params = nnx.to_pure_dict(nnx.state(network, nnx.Param))
         return Step(value, logits, restrict(gradient, params), after)
-
-
-def restrict(tree, like):
-    """The part of a nested dict that `like` has too."""
-    return {k: restrict(tree[k], like[k]) for k in like} if isinstance(like, dict) else tree
-
-
-def relative_error(got, due) -> float:
-    """The largest |got - due| / |due| of the leaves."""
-    chex.assert_trees_all_equal_shapes_and_dtypes(got, due)
-
-    def error(got, due):
-        got, due = np.ravel(got).astype(np.float64), np.ravel(due).astype(np.float64)
-        return np.linalg.norm(got - due) / np.linalg.norm(due)
-
-    got, due = jax.device_get((got, due))
-    return max(jax.tree.leaves(jax.tree.map(error, got, due)))
 
 
 # Faithfulness -----------------------------------------------------------------------------------
@@ -523,6 +467,11 @@ PARAMETERS = {  # of the authors' code, by number of classes
     "revnet164": {10: 1_748_778, 100: 1_794_948},
     "revnet56": {1000: 27_553_128},
     "revnet104": {1000: 45_428_072},
+    "preact_resnet110": {10: 1_727_962},
+    "preact_resnet164": {10: 1_703_258},
+    "resnet1001": {10: 10_327_706, 100: 10_350_836},
+    "resnet1202": {10: 19_421_274},
+    "resnet200": {1000: 64_666_152},
 }
 
 
@@ -669,7 +618,8 @@ def test_dtype_by_name():
 
 def test_bfloat16_convolutions_round_whatever_the_compiler_keeps():
     """Else two evaluations of a function differ, and with them the reconstruction."""
-    conv = Conv(8, 8, 3, 1, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    kind = dict(conventions=CONVENTIONS["revnet"], dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    conv = Conv(8, 8, 3, 1, **kind)
     x = jax.random.normal(jax.random.key(0), (8, 16, 16, 8))
     y = jax.jit(conv)(x)
     dx = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(conv(x)))))(x)

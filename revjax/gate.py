@@ -1,0 +1,42 @@
+"""Running a function or not, as a gate says: where it is closed, that costs next to nothing."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from revjax.trees import PyTree
+
+
+def run_if(gate: jax.Array | None, run: Callable, skip: Callable, *operands: PyTree) -> PyTree:
+    """`run(*operands)` where the gate is open, else `skip(zeros, *operands)`.
+
+    Args:
+        gate: bool `[]`, or None for one that is open.
+        run: any traceable function.
+        skip: what is returned instead, like what run returns; zeros is that, all zeros.
+        *operands: any pytrees.
+    """
+    if gate is None:
+        return run(*operands)
+    due = jax.eval_shape(run, *operands)
+
+    def closed(*operands):
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), due)
+        return jax.tree.map(_vary_as, due, skip(zeros, *operands))
+
+    # What passes from the conditional of a forward pass to that of its backward pass is written to
+    # memory, as zeros where closed: so let it be only what is dear to compute again.
+    run = jax.checkpoint(run, policy=_is_dear, prevent_cse=False)
+    return jax.lax.cond(gate, run, closed, *operands)
+
+
+def _is_dear(primitive, *_, **__):
+    return primitive.name in ("revjax_conv", "conv_general_dilated", "dot_general", "reduce_sum")
+
+
+def _vary_as(due, leaf):
+    """Return leaf, under `shard_map` as one that varies over the axes that are due."""
+    axes = due.manual_axis_type  # None outside of shard_map
+    axes = axes.varying - jax.typeof(leaf).mat.varying if axes else ()
+    return jax.lax.pcast(leaf, tuple(axes), to="varying") if axes else leaf

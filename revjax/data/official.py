@@ -1,4 +1,7 @@
-"""The official distributions of data sets: where they are, what is in them, and each file's MD5."""
+"""The official distributions of data sets: where they are, what is in them, and each file's MD5.
+
+The MD5s of SVHN's files are those that torchvision's `SVHN` checks.
+"""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -61,6 +64,15 @@ OFFICIAL = {
         names_md5={
             "coarse_label_names.txt": "50d7751bb0bc2085059b59e23eb6f789",
             "fine_label_names.txt": "b517b835c830bc54413daa4cf904aad9",
+        },
+    ),
+    "svhn_cropped": Official(
+        url="http://ufldl.stanford.edu/housenumbers/",
+        folder="",
+        splits={
+            "train": {"train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373"},
+            "test": {"test_32x32.mat": "eb5a983be6a315427106f1b164d9cef3"},
+            "extra": {"extra_32x32.mat": "a93ce644f1a588dc4d68dda5feec44a7"},
         },
     ),
 }

@@ -39,7 +39,7 @@ class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         **kwargs: as every builder of tensorflow-datasets takes them, such as `data_dir`.
 
     Example:
-        >>> with official_files("cifar10", None, scratch="/var/tmp") as files:  # doctest: +SKIP
+        >>> with official_files("cifar10", None, scratch="datasets") as files:  # doctest: +SKIP
         ...     builder = Cifar10(files=files, data_dir="datasets")
         ...     builder.download_and_prepare(file_format="array_record")
         >>> builder.as_data_source("train")[0]["id"]                            # doctest: +SKIP

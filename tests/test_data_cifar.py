@@ -27,7 +27,8 @@ from tensorflow_datasets.core.registered import skip_registration
 
 from revjax.data import DATASETS, DataError, DatasetInfo, dataset_info, load_dataset
 from revjax.data import cifar as revjax_cifar
-from revjax.data.official import OFFICIAL, official_files
+from revjax.data.fetch import official_files
+from revjax.data.official import OFFICIAL
 
 NAMES = ["cifar10", "cifar100"]
 BUILDERS = {"cifar10": revjax_cifar.Cifar10, "cifar100": revjax_cifar.Cifar100}
@@ -45,7 +46,8 @@ class Archive:
         self.classes = {"label": 10} if name == "cifar10" else {"coarse_label": 20, "label": 100}
         self.files: dict[str, bytes] = {}
         self.images, self.labels = {}, {}
-        for split, files, count in (("train", official.train, 6), ("test", official.test, 5)):
+        for split, files in official.splits.items():
+            count = {"train": 6, "test": 5}[split]
             pixels, labels = [], []
             for file in files:
                 planes = generator.integers(0, 256, (count, 3, 32, 32), np.uint8)
@@ -73,17 +75,15 @@ class Archive:
 
     def patched(self) -> dict:
         """What to put in the place of the real distribution's checksums and sizes."""
-        md5 = {
-            split: {file: hashlib.md5(self.files[file]).hexdigest() for file in files}
-            for split, files in (
-                ("train", self.official.train),
-                ("test", self.official.test),
-                ("names_md5", self.official.names_md5),
-            )
+        md5 = {file: hashlib.md5(content).hexdigest() for file, content in self.files.items()}
+        splits = {
+            split: {file: md5[file] for file in files}
+            for split, files in self.official.splits.items()
         }
+        names_md5 = {file: md5[file] for file in self.official.names_md5}
         sizes = len(self.images["train"]), len(self.images["test"])
         info = ((32, 32, 3), self.classes["label"], *sizes)
-        return {"name": self.name, "md5": md5, "info": info}
+        return {"name": self.name, "md5": {"splits": splits, "names_md5": names_md5}, "info": info}
 
 
 @pytest.fixture(params=NAMES)
@@ -340,10 +340,10 @@ def test_one_byte_of_a_file_is_wrong(archive, data_dir, packed):
 
 
 def test_a_source_that_cannot_be_read(archive, data_dir, monkeypatch):
-    def refuse(path):
+    def refuse(path, mode):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(pathlib.Path, "read_bytes", refuse)
+    monkeypatch.setattr(pathlib.Path, "open", refuse)
     message = refused(archive, data_dir, archive.folder)
     assert f"{archive.folder}, which cannot be read ([Errno 13] Permission denied" in message
 
@@ -588,11 +588,12 @@ def test_the_real_cifar(name, tmp_path):
     subprocess.run(command, check=True, capture_output=True)
     official = OFFICIAL[name]
     dataset = load_dataset(name, data_dir=str(tmp_path / "data"), source=str(tmp_path))
-    packed = official_files(name, str(tmp_path / official.archive), scratch=str(tmp_path))
+    with official_files(name, str(tmp_path / official.archive), scratch=str(tmp_path)) as files:
+        packed = {file: content.read() for file, content in files.items()}
     assert dataset.info == DATASETS[name]
     for images, labels, files in (
-        (dataset.train_images, dataset.train_labels, official.train),
-        (dataset.test_images, dataset.test_labels, official.test),
+        (dataset.train_images, dataset.train_labels, official.splits["train"]),
+        (dataset.test_images, dataset.test_labels, official.splits["test"]),
     ):
         width = len(official.names) + 3072
         records = np.concatenate([np.frombuffer(packed[file], np.uint8) for file in files])

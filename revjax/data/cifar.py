@@ -5,19 +5,18 @@ that ship with tensorflow-datasets: what either has prepared, the other reads. T
 to prepare; these do not.
 """
 
-import contextlib
+import io
 import os
-import pathlib
-import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from revjax.data.dataset import DataError, Dataset
-from revjax.data.official import OFFICIAL, official_files
+from revjax.data.dataset import Dataset
+from revjax.data.official import OFFICIAL
 from revjax.data.png import encode_png
+from revjax.data.prepare import Examples, prepare
 from revjax.data.prepared import data_directory, open_prepared, read_prepared
 
 _SHAPE = (32, 32, 3)
@@ -30,27 +29,27 @@ _CITATION = """\
 }"""
 
 Labels = Mapping[str, tfds.features.ClassLabel]
-Examples = Iterator[tuple[int, dict[str, Any]]]
 
 
 class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """CIFAR-10: 50,000 training and 10,000 test images, 32x32 RGB, of 10 classes.
 
     Args:
-        source: as `revjax.data.official.official_files` takes it; None downloads the archive.
+        files: as `revjax.data.fetch.official_files` opens them; not needed to describe the set.
         **kwargs: as every builder of tensorflow-datasets takes them, such as `data_dir`.
 
     Example:
-        >>> builder = Cifar10(data_dir="datasets")                     # doctest: +SKIP
-        >>> builder.download_and_prepare(file_format="array_record")   # doctest: +SKIP
-        >>> builder.as_data_source("train")[0]["id"]                   # doctest: +SKIP
+        >>> with official_files("cifar10", None, scratch="datasets") as files:  # doctest: +SKIP
+        ...     builder = Cifar10(files=files, data_dir="datasets")
+        ...     builder.download_and_prepare(file_format="array_record")
+        >>> builder.as_data_source("train")[0]["id"]                            # doctest: +SKIP
         'train_16399'
     """
 
     VERSION = tfds.core.Version("3.0.2")
 
-    def __init__(self, *, source: str | None = None, **kwargs: Any):
-        self._source = source
+    def __init__(self, *, files: Mapping[str, io.BufferedIOBase] | None = None, **kwargs: Any):
+        self._files = files or {}
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -75,18 +74,18 @@ class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Examples]:
         del dl_manager  # it would extract the archive to disk
         official = OFFICIAL[self.name]
-        files = official_files(self.name, self._source, scratch=os.fspath(self.data_dir_root))
         features: Any = self.info.features
         for label, file in official.names.items():
-            features[label].names = files[file].decode().split()
+            features[label].names = self._files[file].read().decode().split()
         return {
-            "train": self._generate_examples("train", [files[file] for file in official.train]),
-            "test": self._generate_examples("test", [files[file] for file in official.test]),
+            split: self._generate_examples(split, [self._files[file] for file in files])
+            for split, files in official.splits.items()
         }
 
-    def _generate_examples(self, split: str, files: Iterable[bytes]) -> Examples:
+    def _generate_examples(self, split: str, files: Iterable[io.BufferedIOBase]) -> Examples:
+        # A record is a byte for each label, then 3,072 of pixels, [3, 32, 32].
         labels = list(OFFICIAL[self.name].names)
-        records = np.concatenate([np.frombuffer(file, np.uint8) for file in files])
+        records = np.concatenate([np.frombuffer(file.read(), np.uint8) for file in files])
         for index, record in enumerate(records.reshape(-1, len(labels) + 3072)):
             pixels = record[len(labels) :].reshape(3, 32, 32).transpose(1, 2, 0)
             example = {label: int(record[column]) for column, label in enumerate(labels)}
@@ -121,26 +120,5 @@ def load_cifar(name: str, *, data_dir: str | None = None, source: str | None = N
     """
     directory = data_directory(data_dir) / name / str(Cifar10.VERSION)
     if not os.path.lexists(directory):
-        _prepare(name, directory, source)
+        prepare({"cifar10": Cifar10, "cifar100": Cifar100}[name], name, directory, source)
     return read_prepared(name, open_prepared(directory))
-
-
-def _prepare(name: str, directory: pathlib.Path, source: str | None) -> None:
-    # tensorflow-datasets writes into a folder beside this one and renames that once it is whole.
-    builder_class = {"cifar10": Cifar10, "cifar100": Cifar100}[name]
-    builder = builder_class(data_dir=directory.parent.parent, source=source)
-    quiet = not sys.stderr.isatty()
-    if quiet:
-        tfds.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
-            builder.download_and_prepare(file_format="array_record")
-    except OSError as error:
-        if not directory.exists():  # else another process has prepared it meanwhile
-            raise DataError(
-                f"{name} could not be prepared in {directory} ({error}): free some space there, or "
-                "choose another folder with --config.data.dir=DIR."
-            ) from error
-    finally:
-        if quiet:
-            tfds.enable_progress_bar()

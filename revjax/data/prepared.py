@@ -47,8 +47,9 @@ def find_prepared(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     """
     directory = data_directory(data_dir)
     unknown = DataError(
-        f"there is no data set {name!r}: the names are digits, cifar10, cifar100 and those of the "
-        f"image-classification sets that tensorflow-datasets has prepared in {directory}."
+        f"there is no data set {name!r}: the names are digits, cifar10, cifar100, svhn_cropped, "
+        "svhn_cropped+extra and those of the image-classification sets that tensorflow-datasets "
+        f"has prepared in {directory}."
     )
     if not re.fullmatch(r"\w+(/[\w.-]+)?", name):
         raise unknown
@@ -106,19 +107,20 @@ def prepared_info(builder: tfds.core.DatasetBuilder) -> DatasetInfo:
     return DatasetInfo(image.shape, label.num_classes, *sizes)
 
 
-def read_prepared(name: str, builder: tfds.core.DatasetBuilder) -> Dataset:
+def read_prepared(name: str, builder: tfds.core.DatasetBuilder, *, train: str = "train") -> Dataset:
     """Reads a prepared data set into memory, its examples in the order in which they are stored.
 
     Args:
         name: the name that the result carries.
         builder: from `open_prepared` or `find_prepared`.
+        train: the training split, or several that are joined, in that order: "train+extra".
 
     Raises:
         DataError: as `prepared_info`, and where records are missing or damaged.
     """
     info = prepared_info(builder)
     with _damage_is_data_error(builder.data_path):
-        train_images, train_labels = _read_split(builder, "train", info)
+        train_images, train_labels = _read_split(builder, train, info)
         test_images, test_labels = _read_split(builder, "test", info)
     return Dataset(name, train_images, train_labels, test_images, test_labels, info.num_classes)
 

@@ -138,7 +138,17 @@ def test_refuses_config_file(refused, tmp_path, source, named):
     ("line", "named"),
     [
         ("config.warmup = 10", "config.warmup is a key that nothing reads"),
-        ("config.optim.nesterov = True", "config.optim.nesterov is a key that nothing reads"),
+        ("config.optim.beta = 0.9", "config.optim.beta is a key that nothing reads"),
+        ("config.optim.nesterov = 1", "config.optim.nesterov is 1; bool is due"),
+        ("config.optim.nesterov, config.optim.momentum = True, 0.0", "config.optim.nesterov is"),
+        ("config.optim.decay = 'biases'", "config.optim.decay is 'biases'; one of kernels, all"),
+        ("config.optim.warmup_steps = -1", "config.optim.warmup_steps is -1; a number from 0"),
+        ("config.optim.warmup_steps = 9", "config.optim.warmup_rate is None; a number above 0"),
+        ("config.optim.warmup_rate = 0.01", "config.optim.warmup_rate is 0.01; None, as config."),
+        (
+            "config.optim.warmup_steps, config.optim.warmup_rate = 9, 0.0",
+            "config.optim.warmup_rate is 0.0; a number above 0 for the warm-up's steps is due",
+        ),
         ("config.data.source = '/tmp'", "config.data.source is a key that nothing reads"),
         ("config.model.name = 'resnet'", "config.model.grid_bits is a key that nothing reads"),
         ("del config.optim.momentum", "config.optim.momentum is missing"),

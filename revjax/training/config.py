@@ -20,6 +20,7 @@ from revjax.models import list_models
 from revjax.training.errors import ConfigError
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DECAYS = ("kernels", "all")
 GENERIC_MODELS = ("resnet", "revnet")
 FLOAT_MAX = float(jnp.finfo(jnp.float32).max)
 
@@ -50,13 +51,21 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """SGD with momentum on a piecewise constant learning rate."""
+    """SGD with momentum on a piecewise constant learning rate.
+
+    The defaults are the RevNet authors' way. He et al. (arXiv:1603.05027) and Huang et al.
+    (arXiv:1603.09382) have `nesterov` and `decay="all"` in their code, and the former warm up.
+    """
 
     learning_rate: float
     boundaries: tuple[int, ...]  # steps from which the rate is multiplied once more
     decay_factor: float
     momentum: float
-    weight_decay: float  # the loss has weight_decay / 2 * ||w||^2 for every kernel w
+    weight_decay: float  # the loss has weight_decay / 2 * ||w||^2 for every w that decays
+    decay: str = "kernels"  # what decays: "kernels", or "all" parameters
+    nesterov: bool = False  # Nesterov's momentum, as PyTorch has it
+    warmup_steps: int = 0  # how many steps are made first, at warmup_rate
+    warmup_rate: float | None = None  # needed where there are such steps, refused elsewhere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +138,16 @@ def check_config(values: ConfigDict) -> Config:
     require(0 < optim.decay_factor < FLOAT_MAX, "optim.decay_factor", "a number above 0")
     require(0 <= optim.momentum < 1, "optim.momentum", "a number in [0, 1)")
     require(0 <= optim.weight_decay < FLOAT_MAX, "optim.weight_decay", "a number from 0")
+    require(optim.decay in DECAYS, "optim.decay", f"one of {', '.join(DECAYS)}")
+    moves = optim.momentum > 0 or not optim.nesterov
+    require(moves, "optim.nesterov", "False, as the momentum is 0,")
+    require(0 <= optim.warmup_steps < 2**31, "optim.warmup_steps", "a number from 0")
+    rate = optim.warmup_rate
+    if optim.warmup_steps:
+        fits = rate is not None and 0 < rate < FLOAT_MAX
+        require(fits, "optim.warmup_rate", "a number above 0 for the warm-up's steps")
+    else:
+        require(rate is None, "optim.warmup_rate", "None, as config.optim.warmup_steps is 0,")
     edges = itertools.pairwise((0, *optim.boundaries, 2**31))
     increasing = all(left < right for left, right in edges)
     require(increasing, "optim.boundaries", "a tuple of increasing steps above 0")

@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from revjax.data import DataError, dataset_info
+from revjax.data import HOLD_OUT_SIZES, NORMALIZATIONS, DataError, dataset_info
 from revjax.models import list_models
 from revjax.training.errors import ConfigError
 
@@ -27,13 +27,15 @@ FLOAT_MAX = float(jnp.finfo(jnp.float32).max)
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where the examples come from and how training augments them."""
+    """Where the examples come from, which are held out, and what is done to the images."""
 
     name: str
     padding: int  # pixels a side, before the random crop to the original size
     flip: bool  # mirror half of the images
     dir: str | None = None  # of the prepared data set; None: the data layer's default
     source: str | None = None  # official files already on disk; None: download
+    normalize: str = "mean_image"  # or "channels", "mean_image_std"; see revjax.data
+    validation: int = 0  # training examples held out, which every evaluation evaluates beside test
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +112,8 @@ def check_config(values: ConfigDict) -> Config:
         info = dataset_info(data.name, data_dir=data.dir)
     except DataError as error:
         raise ConfigError(f"config.data.name is {data.name!r}: {error}") from error
+    ways = ", ".join(NORMALIZATIONS)
+    require(data.normalize in NORMALIZATIONS, "data.normalize", f"one of {ways}")
     if data.name == "digits":
         _refuse(values.data, "data", ("dir", "source"), "digits comes with scikit-learn")
     names = (*GENERIC_MODELS, *list_models())
@@ -156,8 +160,15 @@ def check_config(values: ConfigDict) -> Config:
     require(fits, "optim.decay_factor", "a rate that stays a float32 number to the last boundary")
 
     # Against the data.
-    fits = config.batch_size <= info.train_size
-    require(fits, "batch_size", f"at most {info.train_size}, the size of {data.name},")
+    size = info.train_size
+    require(0 <= data.validation < size, "data.validation", f"a number from 0 to {size - 1}")
+    if data.name in HOLD_OUT_SIZES:
+        due = HOLD_OUT_SIZES[data.name]
+        fits = data.validation in (0, due)
+        require(fits, "data.validation", f"0 or {due}, by the rule of {data.name},")
+    size -= data.validation
+    fits = config.batch_size <= size
+    require(fits, "batch_size", f"at most {size}, the examples of {data.name} to train on,")
     side = min(info.image_shape[:2])
     require(0 <= data.padding < side, "data.padding", f"a number from 0 to {side - 1}")
     return config

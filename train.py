@@ -7,7 +7,7 @@ The order of decisions, numbered as in main():
 
  1. What is asked for: the config, checked before anything is computed, downloaded or written.
  2. Whose folder it is: one run a workdir, of one config; a finished run says so and ends here.
- 3. The data, whole, on the device.
+ 3. The data, whole, on the device, some of the training examples held out for validation.
  4. Where the run stands: at its start, or at its newest whole checkpoint.
  5. The programs, compiled: one for training steps, one for evaluation.
  6. The loop. At a step where something is due, in this order: log, evaluate, save; then stop if the
@@ -49,7 +49,7 @@ from revjax.training.pace import MAX_DISPATCH_STEPS, Pace
 from revjax.training.progress import Progress
 from revjax.training.state import Abstract, abstract_model, draw, initial_state
 from revjax.training.step import Report, make_train_steps, put_on_device
-from revjax.training.summary import device_name, summary_table, versions
+from revjax.training.summary import best_validation, device_name, summary_table, versions
 from revjax.training.workdir import FREE_KEYS, check_same_config, lock_workdir, write_json
 
 
@@ -84,8 +84,9 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
         # -- 3. The data --------------------------------------------------------------------------
 
         with stop.raising():  # half-prepared data are removed on the way out
-            dataset = load(config)
-        train_data, test_data = put_on_device(dataset)
+            data = put_on_device(config.data, load(config))
+        num_examples = len(data["train"].labels)
+        evaluated = [name for name in data if name != "train"]
 
         # -- 4. Where the run stands --------------------------------------------------------------
 
@@ -98,18 +99,17 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
             tell(f"going on from step {step} of {config.steps}, saved in {workdir}.")
         metrics = MetricsLog(workdir, step)
         resources.callback(metrics.close)
-        tested = (metrics.last("test") or {"step": 0})["step"]  # the last step that was, ...
-        saved = step  # ... and the last one that is on the disk, or will be before this returns
+        saved = step  # the last step that is on the disk, or will be before this returns
 
         # -- 5. The programs, compiled ------------------------------------------------------------
 
         indices = np.zeros((MAX_DISPATCH_STEPS, config.batch_size), np.int32)
         schedule = learning_rate_schedule(config.optim)
         train_steps = make_train_steps(config, model, optimizer, schedule)
-        evaluate = Evaluator(config, model, train_data, test_data)
+        evaluate = Evaluator(config, model, data)
         tell(f"compiling {config.model.name} for {device_name()}.")
         train_steps, _ = stop.wait_for(
-            train_steps.lower(state, train_data, indices, np.int32(0)).compile,
+            train_steps.lower(state, data["train"], indices, np.int32(0)).compile,
             partial(evaluate.compile, state),
         )
 
@@ -152,23 +152,26 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
                 metrics.write(row)
                 progress.row(row)
 
+        def untested() -> list[str]:
+            """The splits without a row of this step; a run that ended amid them has some."""
+            return [name for name in evaluated if not metrics.has(name, step)]
+
         while True:
             stopping = stop.requested is not None
-            testing = is_due(step, config.eval_every, config.steps) and step > tested
+            testing = untested() if is_due(step, config.eval_every, config.steps) else []
             saving = is_due(step, config.checkpoint_every, config.steps) or stopping
             if pending and (testing or saving):
                 account(pending)
                 pending = None
             if testing and not stopping:
-                row = evaluate(state, stop)
-                if row is None:  # a signal came: save first, evaluate after the next start
+                for row in evaluate(state, testing, stop):
+                    if not np.isfinite(row["loss"]):
+                        raise TrainingError(not_finite(f"{row['split']} loss", step, saved))
+                    row = {"step": step} | row | {"learning_rate": float(schedule(step - 1))}
+                    metrics.write(row)
+                    progress.row(row)
+                if stop.requested:  # save first, evaluate what is left after the next start
                     continue
-                if not np.isfinite(row["loss"]):
-                    raise TrainingError(not_finite("test loss", step, saved))
-                row = {"step": step} | row | {"learning_rate": float(schedule(step - 1))}
-                metrics.write(row)
-                progress.row(row)
-                tested = step
             if saving and step > saved:
                 metrics.sync()
                 checkpoints.save(step, state, earlier + time.monotonic() - began)
@@ -184,9 +187,9 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
             indices = np.zeros_like(indices)  # a fresh one: the device may still read the last
             for index in range(num_steps):
                 indices[index] = batch_indices(
-                    config.seed, step + index, config.batch_size, len(dataset.train_labels)
+                    config.seed, step + index, config.batch_size, num_examples
                 )
-            state, report = train_steps(state, train_data, indices, np.int32(num_steps))
+            state, report = train_steps(state, data["train"], indices, np.int32(num_steps))
             step += num_steps
             if pending:  # the previous dispatch: the host never waits for the newest
                 account(pending)
@@ -196,7 +199,7 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
 
         progress.close()
         checkpoints.wait()
-        if tested < config.steps:
+        if step < config.steps or untested():
             where = f"saved in {checkpoints.directory}" if step else "nothing to save yet"
             print(f"Stopped by {stop.requested} at step {step} of {config.steps}: {where}.")
             return
@@ -216,6 +219,8 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
             "stream_peak": float(state.stream_peak) if model.has_stream else None,
             "stream_bound": bound,
         }
+        if config.data.validation:
+            summary["best_validation"] = best_validation(metrics.rows)
         title = f"{config.model.name} on {config.data.name}"
         draw_curves(metrics.rows, title, workdir / "curves.png")
         write_json(summary_path, summary)
@@ -253,7 +258,7 @@ def load(config: Config) -> Dataset:
 def evaluate_only(
     config: Config, values: dict[str, Any], workdir: Path, model: Abstract, stop: StopSignals
 ) -> None:
-    """Print the test loss and accuracy of the newest checkpoint; write nothing."""
+    """Print the loss and accuracy of the newest checkpoint, of each split; write nothing."""
     check_same_config(workdir, values, free=(*FREE_KEYS, "precise_bn_batches"))
     restored = None
     if (workdir / "checkpoints").is_dir():
@@ -264,13 +269,16 @@ def evaluate_only(
     if restored is None:
         raise TrainingError(f"{workdir} has no checkpoint to evaluate; train there first.")
     with stop.raising():
-        dataset = load(config)
-    evaluate = Evaluator(config, model, *put_on_device(dataset))
+        data = put_on_device(config.data, load(config))
+    evaluate = Evaluator(config, model, data)
     stop.wait_for(partial(evaluate.compile, restored.state))
-    row = evaluate(restored.state, stop)
-    if row is None:
+    names = [name for name in data if name != "train"]
+    rows = list(evaluate(restored.state, names, stop))
+    if len(rows) < len(names):
         raise Stopped(stop.requested)
-    print(f"step {restored.step}: test loss {row['loss']:.4f}, accuracy {row['accuracy']:.2%}")
+    for row in rows:
+        shown = f"{row['split']} loss {row['loss']:.4f}, accuracy {row['accuracy']:.2%}"
+        print(f"step {restored.step}: {shown}")
 
 
 def tell(sentence: str) -> None:

@@ -79,8 +79,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS / "backward_ways.json")
     arguments, flags = parser.parse_known_args()
     config, state = load_run(flags)
-    data, _ = put_on_device(load_dataset(config.data.name, data_dir=config.data.dir))
-    images = normalize(data.images[: arguments.batch], data.mean)
+    dataset = load_dataset(config.data.name, data_dir=config.data.dir)
+    data = put_on_device(config.data, dataset)["train"]
+    images = normalize(data.images[: arguments.batch], data.normalization)
     labels = data.labels[: arguments.batch]
 
     print("| | loss: store | remat | reversible | gradient: remat against store ", end="")

@@ -87,9 +87,9 @@ def train(config: Config, dataset: Dataset, seeds: int) -> tuple[list[Row], Trai
     config's seed, so that all runs share one program.
     """
     model, optimizer = abstract_model(config), make_optimizer(config.optim)
-    train_data, test_data = put_on_device(dataset)
+    data = put_on_device(config.data, dataset)
     train_steps = make_train_steps(config, model, optimizer, learning_rate_schedule(config.optim))
-    evaluate = Evaluator(config, model, train_data, test_data)
+    evaluate = Evaluator(config, model, data)
     rows = []
     for seed in range(seeds):
         state = jax.tree.map(jnp.copy, initial(config, seed))  # the steps donate it
@@ -98,13 +98,12 @@ def train(config: Config, dataset: Dataset, seeds: int) -> tuple[list[Row], Trai
             indices = np.zeros((DISPATCH, config.batch_size), np.int32)
             for row, step in enumerate(steps):
                 indices[row] = batch_indices(
-                    seed, step, config.batch_size, len(dataset.train_labels)
+                    seed, step, config.batch_size, len(data["train"].labels)
                 )
-            state, report = train_steps(state, train_data, indices, np.int32(len(steps)))
+            state, report = train_steps(state, data["train"], indices, np.int32(len(steps)))
             if report.failed_step:
                 sys.exit(f"The loss or its gradient is not finite at step {report.failed_step}.")
-        test = evaluate(state, StopSignals())
-        assert test is not None
+        (test,) = evaluate(state, ["test"], StopSignals())
         rows.append(
             {
                 "test_accuracy": test["accuracy"],
@@ -135,7 +134,7 @@ def gradient(config: Config, data: Split, state: TrainState) -> np.ndarray:
     tree = make_gradient(config)(
         state.params,
         nnx.filter_state(state.variables, kept),
-        normalize(data.images[: config.batch_size], data.mean),
+        normalize(data.images[: config.batch_size], data.normalization),
         data.labels[: config.batch_size],
     )
     return flatten(tree)
@@ -146,7 +145,7 @@ def trained(config: Config, dataset: Dataset, bits: list[int | None], seeds: int
     for k in bits:
         at_k = with_model(config, grid_bits=k)
         runs, state = train(at_k, dataset, seeds)
-        data = put_on_device(dataset)[0]
+        data = put_on_device(config.data, dataset)["train"]
 
         def gradient_of(dtype: str, backward: str, k: int | None = k, at=(data, state)):
             return gradient(with_model(config, dtype=dtype, backward=backward, grid_bits=k), *at)

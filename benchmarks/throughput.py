@@ -73,10 +73,12 @@ def take_turns(segment: int, clock: Clock, apart: bool) -> None:
     class BareSteps:
         """In the place of `Evaluator`: called every `segment` steps, the device being idle."""
 
-        def __init__(self, config: Config, model: Abstract, data: Split, test: Split):
+        def __init__(self, config: Config, model: Abstract, data: dict[str, Split]):
             self.step = make_train_step(config, model, make_optimizer(config.optim))
-            batch = batch_indices(config.seed, 0, config.batch_size, len(data.labels))
-            self.batch = normalize(data.images[batch], data.mean), data.labels[batch]
+            split = data["train"]
+            batch = batch_indices(config.seed, 0, config.batch_size, len(split.labels))
+            images = normalize(split.images[batch], split.normalization)
+            self.batch = images, split.labels[batch]
 
         def steps(self, state: TrainState, num_steps: jax.Array) -> TrainState:
             """In one call."""
@@ -87,7 +89,9 @@ def take_turns(segment: int, clock: Clock, apart: bool) -> None:
             self.call: Any = jitted[0].lower(state, *self.batch).compile()
             self.loop: Any = jitted[1].lower(state, np.int32(segment)).compile()
 
-        def __call__(self, state: TrainState, stop: StopSignals) -> dict[str, Any]:
+        def __call__(
+            self, state: TrainState, names: list[str], stop: StopSignals
+        ) -> list[dict[str, Any]]:
             jax.block_until_ready(state)
             clock.stop("run")
             for kind in BARE:
@@ -101,7 +105,8 @@ def take_turns(segment: int, clock: Clock, apart: bool) -> None:
                 jax.block_until_ready(copy)
                 clock.stop(kind)
             clock.start()  # of what is left of an evaluation, and of a checkpoint
-            return {"split": "test", "loss": 0.0, "accuracy": 0.0, "images_per_second": 0.0}
+            row = {"loss": 0.0, "accuracy": 0.0, "images_per_second": 0.0}
+            return [row | {"split": name} for name in names]
 
     class TimedCheckpoints(Checkpoints):
         """The end of a turn: the evaluation's row, and a checkpoint until it is on the disk."""

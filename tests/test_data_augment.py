@@ -1,4 +1,4 @@
-"""Augmentation and normalisation against every crop that numpy can cut out."""
+"""Normalisation against float64, and augmentation against every crop that numpy can cut out."""
 
 from collections import Counter
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from revjax.data import augment, mean_image, normalize, random_crop_flip
+from revjax.data import DataError, augment, find_normalization, normalize, random_crop_flip
 
 
 def images_of(batch, height, width, channels, seed=0):
@@ -78,31 +78,45 @@ def test_the_key_decides_and_nothing_else():
     np.testing.assert_array_equal(cut(jax.random.key(0)), eager)
 
 
-def test_the_mean_image_is_the_mean_of_each_pixel():
-    images = images_of(1000, 3, 4, 2)
-    mean = mean_image(images)
-    assert mean.dtype == np.float32
-    exact = images.astype(np.int64).sum(axis=0) / 1000
-    np.testing.assert_allclose(mean, exact, rtol=2**-24)
-
-
-def test_normalized_images_have_mean_zero_and_the_scale_of_pixels():
-    images = images_of(100, 4, 4, 3)
-    mean = mean_image(images)
-    outputs = normalize(jnp.asarray(images), jnp.asarray(mean))
+@pytest.mark.parametrize("way", ["mean_image", "channels", "mean_image_std"])
+def test_statistics_are_those_of_all_images_in_float64(way):
+    images = images_of(2500, 3, 4, 2)
+    images[..., 1] //= 3  # so that channels differ
+    mean, std = find_normalization(way, images)
+    assert mean.dtype == std.dtype == np.float32
+    exact = images.astype(np.float64)
+    if way == "channels":
+        exact_mean, exact_std = exact.mean((0, 1, 2)), exact.std((0, 1, 2))
+    else:
+        exact_mean = exact.mean(0)
+        exact_std = exact.std() if way == "mean_image_std" else 1
+    np.testing.assert_allclose(mean, np.broadcast_to(exact_mean, mean.shape), rtol=2**-24)
+    np.testing.assert_allclose(std, np.broadcast_to(exact_std, std.shape), rtol=2**-23)
+    outputs = jax.jit(normalize)(jnp.asarray(images), (by := find_normalization(way, images)))
+    chex.assert_shape(outputs, images.shape)
     assert outputs.dtype == jnp.float32
-    np.testing.assert_array_equal(outputs, images.astype(np.float32) - mean)
-    np.testing.assert_allclose(np.asarray(outputs).mean(axis=0), 0, atol=1e-4)
+    np.testing.assert_allclose(outputs, (exact - exact_mean) / exact_std, rtol=1e-5, atol=1e-5)
+    if way == "mean_image":  # to the last bit: there is nothing to divide by
+        np.testing.assert_array_equal(outputs, images.astype(np.float32) - by.mean)
+
+
+def test_what_cannot_be_normalized():
+    images = images_of(5, 4, 4, 3)
+    images[..., 1] = 7
+    with pytest.raises(DataError, match=r"deviation, \[\[\[.*, 0\.0, .*choose config\.data\.norm"):
+        find_normalization("channels", images)
+    with pytest.raises(ValueError, match=r"'pixels' is no normalization: choose one of mean_image"):
+        find_normalization("pixels", images)
 
 
 def test_training_images_lose_the_mean_before_they_are_padded():
     images = images_of(60, 8, 8, 1)
-    mean = mean_image(images)
-    outputs = jax.jit(lambda key, x, m: augment(key, x, m, padding=2, flip=True))(
-        jax.random.key(3), images, mean
+    by = find_normalization("mean_image", images)
+    outputs = jax.jit(lambda key, x, by: augment(key, x, by, padding=2, flip=True))(
+        jax.random.key(3), images, by
     )
     assert outputs.dtype == jnp.float32
-    found = draws(images.astype(np.float32) - mean, outputs, 2, True)
+    found = draws(images.astype(np.float32) - by.mean, outputs, 2, True)
     corners = [np.asarray(outputs)[n, 0, 0, 0] for n, draw in enumerate(found) if draw[0] == 0]
     assert corners
     assert not any(corners)

@@ -24,12 +24,14 @@ ROOT = Path(train.__file__).parent
 STEPS = 300
 
 # Small enough to compile in seconds, with a transition and a reversible chain. The grid of 2^-20 is
-# exact up to 16, which the stream passes: the run must say so, once.
+# exact up to 16, which the stream passes: the run must say so, once. Some examples are held out, so
+# that whatever is asked of a run is asked of validation, too.
 CONFIG = f"""
 from configs import digits_revnet
 
 def get_config():
     config = digits_revnet.get_config()
+    config.data.validation = 237
     config.model.units = (1, 2)
     config.model.filters = (8, 8, 16)
     config.model.grid_bits = 20
@@ -122,9 +124,10 @@ def test_learns(finished):
 def test_metrics_have_what_is_promised(finished):
     rows = read_rows(finished[0])
     train_rows = [row for row in rows if row["split"] == "train"]
-    test_rows = [row for row in rows if row["split"] == "test"]
+    evaluations = [(row["step"], row["split"]) for row in rows if row["split"] != "train"]
     assert [row["step"] for row in train_rows] == list(range(20, STEPS + 1, 20))
-    assert [row["step"] for row in test_rows] == [100, 200, 300]
+    both = ("validation", "test")
+    assert evaluations == [(step, split) for step in (100, 200, 300) for split in both]
     fields = {"step", "split", "loss", "accuracy", "learning_rate", "images_per_second"}
     for row in rows:
         assert set(row) == fields | ({"stream_peak"} if row["split"] == "train" else set())
@@ -132,6 +135,17 @@ def test_metrics_have_what_is_promised(finished):
         assert 0 <= row["accuracy"] <= 1
         assert row["learning_rate"] == np.float32(0.1 if row["step"] <= 200 else 0.01)
     assert train_rows[-1]["loss"] < 0.2 * train_rows[0]["loss"]
+
+
+def test_the_best_validation_is_reported(finished):
+    workdir, out, _ = finished
+    rows = {(row["step"], row["split"]): row["accuracy"] for row in read_rows(workdir)}
+    best = json.loads((workdir / "summary.json").read_text())["best_validation"]
+    step = best["step"]
+    highest = max(accuracy for (_, split), accuracy in rows.items() if split == "validation")
+    assert best["validation_accuracy"] == rows[step, "validation"] == highest
+    assert best["test_accuracy"] == rows[step, "test"]
+    assert f"at step {step:,}, where the test error is {best['test_error']:.2%}\n" in out
 
 
 def test_workdir_has_what_is_promised(finished):
@@ -206,13 +220,15 @@ def test_eval_only(finished, command, capsys):
     before = sorted(workdir.rglob("*"))
     arguments = ["train.py", f"--config={command.config}", f"--workdir={workdir}", "--eval_only"]
     assert train.run(arguments) == 0
-    shown = re.fullmatch(
-        r"step 300: test loss ([0-9.]+), accuracy ([0-9.]+)%\n", capsys.readouterr().out
+    pattern = "".join(
+        rf"step 300: {split} loss ([0-9.]+), accuracy ([0-9.]+)%\n"
+        for split in ("validation", "test")
     )
-    summary = json.loads((workdir / "summary.json").read_text())
+    shown = re.fullmatch(pattern, capsys.readouterr().out)
     assert shown
-    assert float(shown[1]) == pytest.approx(summary["test_loss"], abs=1e-4)
-    assert float(shown[2]) == pytest.approx(100 * summary["test_accuracy"], abs=0.01)
+    of_last = [row for row in read_rows(workdir) if row["step"] == 300][-2:]
+    due = [value for row in of_last for value in (row["loss"], 100 * row["accuracy"])]
+    np.testing.assert_allclose(list(map(float, shown.groups())), due, atol=0.01)
     assert train.run([*arguments, "--config.precise_bn_batches=2"]) == 0  # by other statistics
     assert shown[0] != capsys.readouterr().out
     assert sorted(workdir.rglob("*")) == before
@@ -246,10 +262,13 @@ def newest(workdir: Path) -> int:
 def test_a_run_in_pieces_is_the_same_run(finished, command, tmp_path):
     """Ended at a smaller number of steps, then stopped by SIGTERM, then run to the end."""
     workdir = tmp_path / "run"
-    code, out, err = finish(command(workdir, "--config.steps=40"))
+    code, out, err = finish(command(workdir, "--config.steps=100"))
     assert code == 0, err
-    assert json.loads((workdir / "summary.json").read_text())["steps"] == 40
-    # The end of the short run has its own rows; the long one has none at step 40 but train's.
+    assert json.loads((workdir / "summary.json").read_text())["steps"] == 100
+    # As if it had ended between the rows of its evaluation: one is there, and one is to come.
+    *lines, last = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert [json.loads(line)["split"] for line in (lines[-1], last)] == ["validation", "test"]
+    (workdir / "metrics.jsonl").write_text("".join(lines))
     process = command(workdir)
     wait_for_row(process, workdir, 120)
     asked = time.monotonic()
@@ -262,15 +281,17 @@ def test_a_run_in_pieces_is_the_same_run(finished, command, tmp_path):
     assert int(stopped[1]) == newest(workdir)
     assert 120 <= newest(workdir) < STEPS
     assert stopped[2] == str(workdir / "checkpoints")
-    assert "going on from step 40 of 300" in err
+    assert "going on from step 100 of 300" in err
 
     with open(workdir / "metrics.jsonl", "a") as file:  # what a killed process may leave
         file.write(json.dumps({"step": 299, "split": "train", "loss": 1.0}) + '\n{"step": 30')
     code, out, err = finish(command(workdir))
     assert code == 0, err
-    rows = [row for row in read_rows(workdir) if (row["step"], row["split"]) != (40, "test")]
-    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert_same_run(workdir, finished[0])
+    ours, theirs = (
+        json.loads((run / "summary.json").read_text()) for run in (workdir, finished[0])
+    )
+    assert ours["best_validation"] == theirs["best_validation"]
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import train
+from revjax.data import HOLD_OUT_SIZES
 from revjax.training.command_line import Arguments, parse_arguments
 from revjax.training.config import (
     Config,
@@ -138,7 +139,21 @@ def test_refuses_config_file(refused, tmp_path, source, named):
     ("line", "named"),
     [
         ("config.warmup = 10", "config.warmup is a key that nothing reads"),
-        ("config.optim.nesterov = True", "config.optim.nesterov is a key that nothing reads"),
+        ("config.data.normalize = 'mean'", "config.data.normalize is 'mean'; one of mean_image,"),
+        ("config.data.validation = -1", "config.data.validation is -1; a number from 0 to 1436"),
+        ("config.data.validation = 1437", "config.data.validation is 1437; a number from 0 to"),
+        ("config.data.validation = 1400", "config.batch_size is 100; at most 37, the examples of"),
+        ("config.optim.beta = 0.9", "config.optim.beta is a key that nothing reads"),
+        ("config.optim.nesterov = 1", "config.optim.nesterov is 1; bool is due"),
+        ("config.optim.nesterov, config.optim.momentum = True, 0.0", "config.optim.nesterov is"),
+        ("config.optim.decay = 'biases'", "config.optim.decay is 'biases'; one of kernels, all"),
+        ("config.optim.warmup_steps = -1", "config.optim.warmup_steps is -1; a number from 0"),
+        ("config.optim.warmup_steps = 9", "config.optim.warmup_rate is None; a number above 0"),
+        ("config.optim.warmup_rate = 0.01", "config.optim.warmup_rate is 0.01; None, as config."),
+        (
+            "config.optim.warmup_steps, config.optim.warmup_rate = 9, 0.0",
+            "config.optim.warmup_rate is 0.0; a number above 0 for the warm-up's steps is due",
+        ),
         ("config.data.source = '/tmp'", "config.data.source is a key that nothing reads"),
         ("config.model.name = 'resnet'", "config.model.grid_bits is a key that nothing reads"),
         ("del config.optim.momentum", "config.optim.momentum is missing"),
@@ -158,6 +173,17 @@ def test_refuses_config_of_file(refused, tmp_path, line, named):
         "    return config\n"
     )
     assert named in refused(f"--config={path}")
+
+
+def test_a_data_set_may_fix_how_many_are_held_out(monkeypatch):
+    monkeypatch.setitem(HOLD_OUT_SIZES, "digits", 300)
+    config = parse(DIGITS).config.unlock()
+    for number in (0, 300):
+        config.data.validation = number
+        assert check_config(config).data.validation == number
+    config.data.validation = 200
+    with pytest.raises(ConfigError, match=r"validation is 200; 0 or 300, by the rule of digits,"):
+        check_config(config)
 
 
 def test_a_real_process_exits_with_2(tmp_path):

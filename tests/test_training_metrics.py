@@ -24,6 +24,9 @@ def test_rows_are_read_back(tmp_path):
     assert read_rows(tmp_path) == [row(10), row(20), row(20, "test")]
     assert log.last("train") == row(20)
     assert log.last("validation") is None
+    assert log.has("test", 20)
+    assert not log.has("test", 10)
+    assert not log.has("validation", 20)
 
 
 def test_rows_after_the_checkpoint_are_dropped(tmp_path):

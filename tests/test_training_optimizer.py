@@ -1,5 +1,6 @@
 """SGD and its schedule against the equations, in float64 numpy."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -16,8 +17,10 @@ CONFIG = OptimConfig(
 )
 
 
-def test_two_steps_are_those_of_the_equations():
-    """V <- m v + g + wd w for kernels, v <- m v + g for the rest; w <- w - rate v."""
+@pytest.mark.parametrize("decay", ["kernels", "all"])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_three_steps_are_those_of_the_equations(nesterov, decay):
+    """D = g + wd w where w decays, d = g elsewhere; v <- m v + d; w <- w - rate (v or d + m v)."""
     rng = np.random.default_rng(0)
     shapes = {
         "conv": {"kernel": (3, 3, 2, 4)},
@@ -33,9 +36,9 @@ def test_two_steps_are_those_of_the_equations():
         return isinstance(node, tuple)
 
     params = jax.tree.map(draw, shapes, is_leaf=is_shape)
-    gradients = [jax.tree.map(draw, shapes, is_leaf=is_shape) for _ in range(2)]
+    gradients = [jax.tree.map(draw, shapes, is_leaf=is_shape) for _ in range(3)]
 
-    optimizer = make_optimizer(CONFIG)
+    optimizer = make_optimizer(dataclasses.replace(CONFIG, nesterov=nesterov, decay=decay))
     result: Any = params
     state = optimizer.init(params)
     for gradient in gradients:
@@ -46,11 +49,13 @@ def test_two_steps_are_those_of_the_equations():
         for name in names:
             w = params[module][name].astype(np.float64)
             v = np.zeros_like(w)
-            for rate, gradient in zip((0.1, 0.01), gradients, strict=True):
-                decay = 0.05 * w if name == "kernel" else 0.0
-                v = 0.9 * v + gradient[module][name] + decay
-                w = w - rate * v
-            np.testing.assert_allclose(result[module][name], w, rtol=0, atol=2e-7, err_msg=name)
+            for rate, gradient in zip((0.1, 0.01, 0.01), gradients, strict=True):
+                d = gradient[module][name].astype(np.float64)
+                if decay == "all" or name == "kernel":
+                    d = d + 0.05 * w
+                v = 0.9 * v + d
+                w = w - rate * (d + 0.9 * v if nesterov else v)
+            np.testing.assert_allclose(result[module][name], w, rtol=0, atol=3e-7, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -64,3 +69,18 @@ def test_schedule_drops_at_its_boundaries(step, rate):
 def test_schedule_without_boundaries_is_constant():
     config = OptimConfig(0.3, (), 0.1, 0.9, 2e-4)
     assert learning_rate_schedule(config)(jnp.int32(10**9)) == np.float32(0.3)
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"), [(0, 0.01), (399, 0.01), (400, 0.1), (31_999, 0.1), (32_000, 0.01)]
+)
+def test_a_warm_up_has_a_rate_of_its_own(step, rate):
+    """As He et al. 2016 train: 0.01 for 400 steps, and nothing else is moved by that."""
+    config = OptimConfig(0.1, (32_000, 48_000), 0.1, 0.9, 1e-4, warmup_steps=400, warmup_rate=0.01)
+    assert jax.jit(learning_rate_schedule(config))(jnp.int32(step)) == np.float32(rate)
+
+
+def test_a_boundary_within_the_warm_up_counts_after_it():
+    config = OptimConfig(0.1, (100,), 0.5, 0.9, 1e-4, warmup_steps=400, warmup_rate=0.01)
+    rates = [learning_rate_schedule(config)(step) for step in (99, 100, 399, 400)]
+    np.testing.assert_array_equal(rates, np.array([0.01, 0.01, 0.01, 0.05], np.float32))

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
-from revjax.data import batch_indices, load_dataset, random_crop_flip
+from revjax.data import batch_indices, hold_out, load_dataset, random_crop_flip
 from revjax.training.config import check_config
 from revjax.training.evaluation import Evaluator
 from revjax.training.interrupt import StopSignals
@@ -54,8 +54,8 @@ def config():
 
 
 @pytest.fixture(scope="module")
-def data():
-    return put_on_device(load_dataset("digits"))
+def data(config):
+    return put_on_device(config.data, load_dataset("digits"))
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +76,13 @@ def train_steps(config, data, begin):
         learning_rate_schedule(config.optim),
     )
     indices = np.zeros((MOST, config.batch_size), np.int32)
-    compiled = program.lower(begin(), data[0], indices, np.int32(0)).compile()
+    compiled = program.lower(begin(), data["train"], indices, np.int32(0)).compile()
 
     def run(state, step, num_steps):
         indices = np.zeros((MOST, config.batch_size), np.int32)
         for index in range(num_steps):
             indices[index] = batch_indices(config.seed, step + index, config.batch_size, 1437)
-        return compiled(state, data[0], indices, np.int32(num_steps))
+        return compiled(state, data["train"], indices, np.int32(num_steps))
 
     return run
 
@@ -134,7 +134,7 @@ def apply(graph, state, images):
 def test_first_loss_is_that_of_the_model(train_steps, begin, config, data):
     """The first step's loss, from its parts: order, augmentation, mean image, model, softmax."""
     state = begin()
-    images, labels = np.asarray(data[0].images), np.asarray(data[0].labels)
+    images, labels = np.asarray(data["train"].images), np.asarray(data["train"].labels)
     batch = batch_indices(config.seed, 0, config.batch_size, 1437)
     mean = images.astype(np.float64).mean(axis=0).astype(np.float32)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 2**31), 0)
@@ -160,11 +160,32 @@ def test_a_step_that_is_not_finite_is_the_last(train_steps, begin):
     assert (int(state.step), int(report.failed_step)) == (4, 4)
 
 
-def test_evaluation_counts_every_example_once(begin, config, data):
-    """A batch size that does not divide the data, against one call on all of it."""
-    config = dataclasses.replace(config, batch_size=100)
+def held_out(config):
+    """The config with validation, and what that makes of the digits."""
+    data = dataclasses.replace(config.data, validation=237, normalize="mean_image_std")
+    return dataclasses.replace(config, data=data), put_on_device(data, load_dataset("digits"))
+
+
+def test_validation_takes_from_training_and_statistics_are_of_what_is_left(config, data):
+    """Each example is in one split, by the mask; the test split is the same with and without."""
+    _, splits = held_out(config)
+    assert list(splits) == ["train", "validation", "test"]
+    mask = hold_out("digits", np.asarray(data["train"].labels), 237)
+    for name, members in (("train", ~mask), ("validation", mask)):
+        np.testing.assert_array_equal(splits[name].images, data["train"].images[members])
+        np.testing.assert_array_equal(splits[name].labels, data["train"].labels[members])
+    chex.assert_trees_all_equal(splits["test"][:2], data["test"][:2])
+    left = np.asarray(data["train"].images, np.float64)[~mask]
+    for split in splits.values():
+        np.testing.assert_allclose(split.normalization.mean, left.mean(0), rtol=1e-6)
+        np.testing.assert_allclose(split.normalization.std.item(), left.std(), rtol=1e-6)
+
+
+def test_evaluation_counts_every_example_once(begin, config):
+    """A batch size that does not divide the splits, against one call on all of each."""
+    config, data = held_out(dataclasses.replace(config, batch_size=100))
     model, state = abstract_model(config), begin()
-    assert_evaluates(Evaluator(config, model, *data), state, state)
+    assert_evaluates(Evaluator(config, model, data), state, state, ["validation", "test"])
 
 
 def test_precise_bn_evaluates_by_the_mean_of_batch_statistics(begin, config, data):
@@ -174,7 +195,8 @@ def test_precise_bn_evaluates_by_the_mean_of_batch_statistics(begin, config, dat
 
     @jax.jit
     def statistics(indices):
-        images = data[0].images[indices].astype(jnp.float32) - data[0].mean[None]
+        images = data["train"].images[indices].astype(jnp.float32)
+        images = images - data["train"].normalization.mean[None]
         module = nnx.merge(model.train_graph, state.params, state.variables, copy=True)
         module(images)
         moved = nnx.state(module, nnx.BatchStat)
@@ -185,27 +207,29 @@ def test_precise_bn_evaluates_by_the_mean_of_batch_statistics(begin, config, dat
     mean = jax.tree.map(lambda *leaves: sum(leaves) / 3, *map(statistics, batches))
     precise = state._replace(variables=nnx.merge_state(state.variables, mean))
     before = jax.device_get(state.variables)
-    evaluate = Evaluator(config, model, *data)
-    assert_evaluates(evaluate, state, precise, rtol=1e-3)
+    evaluate = Evaluator(config, model, data)
+    assert_evaluates(evaluate, state, precise, ["test"], rtol=1e-3)
     chex.assert_trees_all_equal(jax.device_get(state.variables), before)
-    first = evaluate(state, StopSignals())
+    (first,) = evaluate(state, ["test"], StopSignals())
     evaluate.compile(state)
-    again = evaluate(state, StopSignals())
-    assert first is not None and again is not None
+    (again,) = evaluate(state, ["test"], StopSignals())
     assert (first["loss"], first["accuracy"]) == (again["loss"], again["accuracy"])
 
 
-def assert_evaluates(evaluate, state, evaluated, rtol=1e-5):
-    """The evaluation of a state is that of `evaluated`'s statistics in one batch."""
-    row = evaluate(state, StopSignals())
-    data = evaluate.test
-    images = data.images.astype(jnp.float32) - data.mean[None]
-    logits = apply(evaluate.model.eval_graph, evaluated, images)
-    labels = np.asarray(data.labels)
-    log_softmax = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-    losses = -log_softmax[np.arange(360), labels]
-    np.testing.assert_allclose(row["loss"], losses.mean(), rtol=rtol)
-    assert row["accuracy"] == (logits.argmax(axis=-1) == labels).mean()
+def assert_evaluates(evaluate, state, evaluated, names, rtol=1e-5):
+    """The evaluation of a state is that of `evaluated`'s statistics in one batch a split."""
+    rows = list(evaluate(state, names, StopSignals()))
+    assert [row["split"] for row in rows] == names
+    for row in rows:
+        data = evaluate.data[row["split"]]
+        mean, std = data.normalization
+        images = (data.images.astype(jnp.float32) - mean[None]) / std[None]
+        logits = apply(evaluate.model.eval_graph, evaluated, images)
+        labels = np.asarray(data.labels)
+        log_softmax = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        losses = -log_softmax[np.arange(len(labels)), labels]
+        np.testing.assert_allclose(row["loss"], losses.mean(), rtol=rtol)
+        assert row["accuracy"] == (logits.argmax(axis=-1) == labels).mean()
 
 
 def test_only_kernels_decay(config, begin):

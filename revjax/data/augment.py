@@ -1,42 +1,9 @@
-"""Normalisation and augmentation of image batches, on the device and inside `jit`."""
+"""Augmentation of image batches, on the device and inside `jit`."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-
-def mean_image(images: np.ndarray) -> np.ndarray:
-    """The per-pixel mean of a training set.
-
-    Args:
-        images: uint8 `[N, H, W, C]`, the training split alone. (The RevNet authors' code averages
-            over the test split too, which leaks it.)
-
-    Returns:
-        float32 `[H, W, C]`, on the images' scale.
-
-    Example:
-        >>> mean_image(np.array([[[[0]]], [[[15]]]], np.uint8))
-        array([[[7.5]]], dtype=float32)
-    """
-    return images.mean(axis=0, dtype=np.float64).astype(np.float32)
-
-
-def normalize(images: jax.Array, mean: jax.Array) -> jax.Array:
-    """What the network sees in evaluation: the images minus the mean image, on the scale of 0..255.
-
-    Args:
-        images: uint8 `[B, H, W, C]`.
-        mean: float32 `[H, W, C]`, from `mean_image`.
-
-    Returns:
-        float32 `[B, H, W, C]`.
-
-    Example:
-        >>> normalize(jnp.ones((1, 1, 1, 1), jnp.uint8), jnp.full((1, 1, 1), 7.5)).item()
-        -6.5
-    """
-    return images.astype(jnp.float32) - mean[None]
+from revjax.data.normalization import Normalization, normalize
 
 
 def random_crop_flip(key: jax.Array, images: jax.Array, *, padding: int, flip: bool) -> jax.Array:
@@ -73,17 +40,17 @@ def random_crop_flip(key: jax.Array, images: jax.Array, *, padding: int, flip: b
 
 
 def augment(
-    key: jax.Array, images: jax.Array, mean: jax.Array, *, padding: int, flip: bool
+    key: jax.Array, images: jax.Array, by: Normalization, *, padding: int, flip: bool
 ) -> jax.Array:
-    """What the network sees in training: minus the mean image, then shifted and mirrored at random.
+    """What the network sees in training: normalised, then shifted and mirrored at random.
 
     The mean is taken off before the padding, so that the zeros around an image stand for the mean,
-    as in the RevNet authors' code.
+    as in the code of all three papers of `find_normalization`.
 
     Args:
         key: a PRNG key.
         images: uint8 `[B, H, W, C]`.
-        mean: float32 `[H, W, C]`, from `mean_image`.
+        by: of the training set, from `find_normalization`.
         padding: as `random_crop_flip`.
         flip: as `random_crop_flip`.
 
@@ -91,8 +58,9 @@ def augment(
         float32 `[B, H, W, C]`.
 
     Example:
-        >>> images, mean = jnp.ones((128, 32, 32, 3), jnp.uint8), jnp.zeros((32, 32, 3))
-        >>> augment(jax.random.key(0), images, mean, padding=2, flip=True).dtype
+        >>> images = jnp.ones((128, 32, 32, 3), jnp.uint8)
+        >>> by = Normalization(jnp.zeros((1, 1, 3)), jnp.ones((1, 1, 3)))
+        >>> augment(jax.random.key(0), images, by, padding=2, flip=True).dtype
         dtype('float32')
     """
-    return random_crop_flip(key, normalize(images, mean), padding=padding, flip=flip)
+    return random_crop_flip(key, normalize(images, by), padding=padding, flip=flip)

@@ -15,24 +15,27 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from revjax.data import DataError, dataset_info
+from revjax.data import HOLD_OUT_SIZES, NORMALIZATIONS, DataError, dataset_info
 from revjax.models import list_models
 from revjax.training.errors import ConfigError
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DECAYS = ("kernels", "all")
 GENERIC_MODELS = ("resnet", "revnet")
 FLOAT_MAX = float(jnp.finfo(jnp.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where the examples come from and how training augments them."""
+    """Where the examples come from, which are held out, and what is done to the images."""
 
     name: str
     padding: int  # pixels a side, before the random crop to the original size
     flip: bool  # mirror half of the images
     dir: str | None = None  # of the prepared data set; None: the data layer's default
     source: str | None = None  # official files already on disk; None: download
+    normalize: str = "mean_image"  # or "channels", "mean_image_std"; see revjax.data
+    validation: int = 0  # training examples held out, which every evaluation evaluates beside test
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +53,21 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """SGD with momentum on a piecewise constant learning rate."""
+    """SGD with momentum on a piecewise constant learning rate.
+
+    The defaults are the RevNet authors' way. He et al. (arXiv:1603.05027) and Huang et al.
+    (arXiv:1603.09382) have `nesterov` and `decay="all"` in their code, and the former warm up.
+    """
 
     learning_rate: float
     boundaries: tuple[int, ...]  # steps from which the rate is multiplied once more
     decay_factor: float
     momentum: float
-    weight_decay: float  # the loss has weight_decay / 2 * ||w||^2 for every kernel w
+    weight_decay: float  # the loss has weight_decay / 2 * ||w||^2 for every w that decays
+    decay: str = "kernels"  # what decays: "kernels", or "all" parameters
+    nesterov: bool = False  # Nesterov's momentum, as PyTorch has it
+    warmup_steps: int = 0  # how many steps are made first, at warmup_rate
+    warmup_rate: float | None = None  # needed where there are such steps, refused elsewhere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +112,8 @@ def check_config(values: ConfigDict) -> Config:
         info = dataset_info(data.name, data_dir=data.dir)
     except DataError as error:
         raise ConfigError(f"config.data.name is {data.name!r}: {error}") from error
+    ways = ", ".join(NORMALIZATIONS)
+    require(data.normalize in NORMALIZATIONS, "data.normalize", f"one of {ways}")
     if data.name == "digits":
         _refuse(values.data, "data", ("dir", "source"), "digits comes with scikit-learn")
     names = (*GENERIC_MODELS, *list_models())
@@ -129,6 +142,16 @@ def check_config(values: ConfigDict) -> Config:
     require(0 < optim.decay_factor < FLOAT_MAX, "optim.decay_factor", "a number above 0")
     require(0 <= optim.momentum < 1, "optim.momentum", "a number in [0, 1)")
     require(0 <= optim.weight_decay < FLOAT_MAX, "optim.weight_decay", "a number from 0")
+    require(optim.decay in DECAYS, "optim.decay", f"one of {', '.join(DECAYS)}")
+    moves = optim.momentum > 0 or not optim.nesterov
+    require(moves, "optim.nesterov", "False, as the momentum is 0,")
+    require(0 <= optim.warmup_steps < 2**31, "optim.warmup_steps", "a number from 0")
+    rate = optim.warmup_rate
+    if optim.warmup_steps:
+        fits = rate is not None and 0 < rate < FLOAT_MAX
+        require(fits, "optim.warmup_rate", "a number above 0 for the warm-up's steps")
+    else:
+        require(rate is None, "optim.warmup_rate", "None, as config.optim.warmup_steps is 0,")
     edges = itertools.pairwise((0, *optim.boundaries, 2**31))
     increasing = all(left < right for left, right in edges)
     require(increasing, "optim.boundaries", "a tuple of increasing steps above 0")
@@ -137,8 +160,15 @@ def check_config(values: ConfigDict) -> Config:
     require(fits, "optim.decay_factor", "a rate that stays a float32 number to the last boundary")
 
     # Against the data.
-    fits = config.batch_size <= info.train_size
-    require(fits, "batch_size", f"at most {info.train_size}, the size of {data.name},")
+    size = info.train_size
+    require(0 <= data.validation < size, "data.validation", f"a number from 0 to {size - 1}")
+    if data.name in HOLD_OUT_SIZES:
+        due = HOLD_OUT_SIZES[data.name]
+        fits = data.validation in (0, due)
+        require(fits, "data.validation", f"0 or {due}, by the rule of {data.name},")
+    size -= data.validation
+    fits = config.batch_size <= size
+    require(fits, "batch_size", f"at most {size}, the examples of {data.name} to train on,")
     side = min(info.image_shape[:2])
     require(0 <= data.padding < side, "data.padding", f"a number from 0 to {side - 1}")
     return config

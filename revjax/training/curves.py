@@ -1,4 +1,4 @@
-"""The picture of a run: loss and accuracy against the step, in training and on the test set."""
+"""The picture of a run: loss and accuracy against the step, of each split."""
 
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,12 @@ def draw_curves(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     FigureCanvasAgg(figure)
     figure.suptitle(title)
     loss, accuracy = figure.subplots(1, 2)
-    for split, style in (("train", {"alpha": 0.8}), ("test", {"marker": "o", "markersize": 3})):
+    dots = {"marker": "o", "markersize": 3}
+    styles = {"train": {"alpha": 0.8}, "validation": dots, "test": dots}
+    for split, style in styles.items():
         steps = [row["step"] for row in rows if row["split"] == split]
+        if not steps:  # as where nothing is held out for validation
+            continue
         for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
             values = [row[name] for row in rows if row["split"] == split]
             axes.plot(steps, values, label=split, linewidth=1.2, **style)

@@ -64,6 +64,10 @@ class MetricsLog:
         """Return the newest row of a split, if there is one."""
         return next((row for row in reversed(self.rows) if row["split"] == split), None)
 
+    def has(self, split: str, step: int) -> bool:
+        """Whether there is a row of a split at a step."""
+        return any((row["split"], row["step"]) == (split, step) for row in self.rows)
+
     def sync(self) -> None:
         """Return when every row is on the disk; a checkpoint must not be ahead of its rows."""
         os.fsync(self._file.fileno())

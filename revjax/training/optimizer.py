@@ -1,4 +1,4 @@
-"""SGD as the RevNet authors train: momentum, kernels decayed, a rate that drops at given steps."""
+"""SGD as residual networks are trained: momentum, decay, a rate that drops at given steps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +15,11 @@ def learning_rate_schedule(config: OptimConfig) -> Callable[[ArrayLike], jax.Arr
     """Return the learning rate as a function of the step, jit-able.
 
     `rate(s) = learning_rate * decay_factor^n`, n the number of boundaries b with b <= s. The
-    boundaries are absolute steps: a shorter run simply ends before some of them.
+    boundaries are absolute steps: a shorter run simply ends before some of them. A warm-up is the
+    exception of the first steps, and moves no boundary: `rate(s) = warmup_rate, s < warmup_steps`.
 
     Args:
-        config: the rate, the factor, and the steps at which it is applied.
+        config: the rate, the factor, the steps at which it is applied, and the warm-up.
     """
     rates = [
         config.learning_rate * config.decay_factor**n for n in range(len(config.boundaries) + 1)
@@ -26,7 +27,11 @@ def learning_rate_schedule(config: OptimConfig) -> Callable[[ArrayLike], jax.Arr
 
     def rate(step: ArrayLike) -> jax.Array:
         dropped = jnp.asarray(config.boundaries, jnp.int32) <= jnp.asarray(step)
-        return jnp.asarray(rates, jnp.float32)[dropped.sum()]
+        dropping = jnp.asarray(rates, jnp.float32)[dropped.sum()]
+        if config.warmup_rate is None:
+            return dropping
+        warming = jnp.asarray(step) < config.warmup_steps
+        return jnp.where(warming, jnp.float32(config.warmup_rate), dropping)
 
     return rate
 
@@ -37,10 +42,13 @@ def is_kernel(path: tuple[Any, ...]) -> bool:
 
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """Return `v <- momentum v + g + weight_decay w;  w <- w - rate(step) v`.
+    """Return `d = g + weight_decay w;  v <- momentum v + d;  w <- w - rate(step) v`.
+
+    With Nesterov's momentum the last is `w <- w - rate(step) (d + momentum v)`, as in Torch: v is
+    that of the line before, and starts at 0.
 
     The decay, the gradient of `weight_decay / 2 * ||w||^2`, is for convolution and dense kernels
-    alone: not for biases, nor for the scale and bias of BatchNorm.
+    alone, not for biases, nor for the scale and bias of BatchNorm; or for all of them.
 
     Args:
         config: the rate's schedule, the momentum and the weight decay.
@@ -49,7 +57,8 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
     def kernels(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: is_kernel(path), params)
 
+    mask = kernels if config.decay == "kernels" else None
     return optax.chain(
-        optax.add_decayed_weights(config.weight_decay, mask=kernels),
-        optax.sgd(learning_rate_schedule(config), momentum=config.momentum),
+        optax.add_decayed_weights(config.weight_decay, mask=mask),
+        optax.sgd(learning_rate_schedule(config), config.momentum, config.nesterov),
     )

@@ -39,10 +39,10 @@ class Progress:
             if row["split"] == "train":
                 self._bar.set_postfix_str(f"{text}, {speed}")
             else:
-                self._bar.set_description(f"test {row['accuracy']:.1%}, train")
+                self._bar.set_description(f"{row['split']} {row['accuracy']:.1%}, train")
             return
         now = time.monotonic()
-        if row["split"] == "test" or now - self._last_line >= LINE_SECONDS:
+        if row["split"] != "train" or now - self._last_line >= LINE_SECONDS:
             self._last_line = now
             done = self._step - self._start
             left = (now - self._began) / max(done, 1) * (self._steps - self._step)

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from revjax.data import Dataset, augment, mean_image
+from revjax.data import Dataset, Normalization, augment, find_normalization, hold_out
 from revjax.revnet import StreamPeak
-from revjax.training.config import Config
+from revjax.training.config import Config, DataConfig
 from revjax.training.state import Abstract, Interval, TrainState
 
 # Apart from the counters 0, 1, 2, ... by which nnx.Rngs folds the same seed for the parameters.
@@ -18,11 +18,11 @@ AUGMENTATION_STREAM = 2**31
 
 
 class Split(NamedTuple):
-    """Half of a data set on the device."""
+    """Examples of a data set, on the device."""
 
     images: jax.Array  # uint8 [N, H, W, C]
     labels: jax.Array  # int32 [N]
-    mean: jax.Array  # float32 [H, W, C], mean image of the *training* half
+    normalization: Normalization  # of the examples that are *trained* on
 
 
 class Report(NamedTuple):
@@ -36,12 +36,30 @@ class Report(NamedTuple):
     failed_step: jax.Array  # int32 [], as in TrainState
 
 
-def put_on_device(dataset: Dataset) -> tuple[Split, Split]:
-    """Return the training and the test half, with the training half's mean image."""
-    mean = jnp.asarray(mean_image(dataset.train_images))
-    train = Split(jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels), mean)
-    test = Split(jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels), mean)
-    return train, test
+def put_on_device(config: DataConfig, dataset: Dataset) -> dict[str, Split]:
+    """Return the splits "train", "validation" if any example is held out for it, and "test".
+
+    Args:
+        config: how many examples are held out, and how images are normalised: by the statistics of
+            what is then left to train on.
+        dataset: the data set of the config.
+
+    Raises:
+        DataError: where the images cannot be normalised that way.
+    """
+    images, labels = dataset.train_images, dataset.train_labels
+    arrays = {"train": (images, labels)}
+    if config.validation:
+        held_out = hold_out(config.name, labels, config.validation)
+        arrays["train"] = images[~held_out], labels[~held_out]
+        arrays["validation"] = images[held_out], labels[held_out]
+    arrays["test"] = dataset.test_images, dataset.test_labels
+    found = find_normalization(config.normalize, arrays["train"][0])
+    normalization = jax.tree.map(jnp.asarray, found)
+    return {
+        name: Split(jnp.asarray(images), jnp.asarray(labels), normalization)
+        for name, (images, labels) in arrays.items()
+    }
 
 
 def make_train_step(
@@ -110,7 +128,7 @@ def make_train_steps(
         return augment(
             jax.random.fold_in(stream, state.step),
             data.images[indices],
-            data.mean,
+            data.normalization,
             padding=config.data.padding,
             flip=config.data.flip,
         )

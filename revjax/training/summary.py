@@ -23,6 +23,27 @@ def versions() -> dict[str, str]:
     }
 
 
+def best_validation(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the step of the largest validation accuracy, the earliest of several, and its results.
+
+    It is what Huang et al. 2016 report: the test error where the validation error is smallest.
+
+    Args:
+        rows: of a run with validation, as `revjax.training.metrics.read_rows` returns them.
+    """
+    validations = [row for row in rows if row["split"] == "validation"]
+    best = max(validations, key=lambda row: (row["accuracy"], -row["step"]))
+    at = (row for row in rows if (row["split"], row["step"]) == ("test", best["step"]))
+    accuracy = next(at)["accuracy"]
+    return {
+        "step": best["step"],
+        "validation_accuracy": best["accuracy"],
+        "validation_error": 1 - best["accuracy"],
+        "test_accuracy": accuracy,
+        "test_error": 1 - accuracy,
+    }
+
+
 def summary_table(summary: dict[str, Any]) -> str:
     """Return the lines to print for a `summary.json`."""
     batches = summary["precise_bn_batches"]
@@ -33,8 +54,13 @@ def summary_table(summary: dict[str, Any]) -> str:
         "steps": f"{summary['steps']:,}",
         "test accuracy": f"{summary['test_accuracy']:.2%} (by {statistics})",
         "test error": f"{summary['test_error']:.2%}",
-        "time": f"{summary['wall_seconds']:,.0f} s on {summary['device']}",
     }
+    if best := summary.get("best_validation"):
+        lines["best validation"] = (
+            f"error {best['validation_error']:.2%} at step {best['step']:,}, "
+            f"where the test error is {best['test_error']:.2%}"
+        )
+    lines["time"] = f"{summary['wall_seconds']:,.0f} s on {summary['device']}"
     if summary["stream_peak"] is not None:
         lines["largest |stream|"] = (
             f"{summary['stream_peak']:.4g}, exact up to {summary['stream_bound']:.4g}"

@@ -190,11 +190,11 @@ def bytes_of_step(name, backward, batch, **options):
 
 
 def test_revnet110_needs_little():
-    """Batch 100, the whole training step: 1/14 of stored, 1/2 of remat, 1.34 of the operations."""
+    """A whole training step: 1/14 of stored, 1/2.8 of remat, 1.34 of the operations."""
     found = {way: bytes_of_step("revnet110", way, 100) for way in ("store", "remat", "reversible")}
     temporary = {way: report.temporary_bytes for way, report in found.items()}
     assert temporary["reversible"] < temporary["store"] / 14
-    assert temporary["reversible"] < temporary["remat"] / 2
+    assert temporary["reversible"] < temporary["remat"] / 2.8
     assert found["reversible"].operations < 1.34 * found["store"].operations
 
 

@@ -1,6 +1,7 @@
 """Checkpoints come back bit for bit, or are named as damaged and the one before is used."""
 
 import shutil
+from unittest.mock import Mock
 
 import chex
 import jax
@@ -69,12 +70,19 @@ def test_newest_comes_back_bit_for_bit(saved, states):
     assert steps(saved) == [20, 30]
 
 
-def test_what_is_saved_may_be_donated_at_once(tmp_path, states):
+def test_what_is_saved_may_be_donated_at_once(tmp_path, states, monkeypatch):
+    """What the writing thread holds is no view, for which JAX would, silently, not donate."""
     state = jax.tree.map(jnp.copy, states[10])
     step = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
+    submit = Mock(wraps=checkpoints._thread.submit)
+    monkeypatch.setattr(checkpoints._thread, "submit", submit)
     checkpoints.save(10, state, wall_seconds=0.0)
+    _, _, given, _ = submit.call_args.args
+    for leaf, copy in zip(jax.tree.leaves(state), jax.tree.leaves(given), strict=True):
+        assert not np.shares_memory(np.asarray(leaf), copy)
     jax.block_until_ready(step(state))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     checkpoints.close()
     restored, _ = restore(tmp_path / "checkpoints", states[0])
     assert restored is not None

@@ -1,7 +1,8 @@
 """Shortcuts: the way around a residual function, and what is done to the stream on it."""
 
+import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ from revjax.layers import Activation, Conv, stream_dtype
 from revjax.residual import PLACEMENTS
 
 
-class Shortcut(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Shortcut:
     """A kind of shortcut (He et al. 2016, figure 2), for `ResNet`.
 
     With S(x) the stream in the shape of the unit's output, and `g(x) = sigmoid(conv1x1(x) + b)`:
@@ -51,7 +53,7 @@ class Shortcut(NamedTuple):
         if self.kind not in NUMBERS:
             raise ValueError(f"shortcut kind {self.kind!r}: give one of {', '.join(NUMBERS)}.")
         read = NUMBERS[self.kind]
-        for name, value in self._asdict().items():
+        for name, value in dataclasses.asdict(self).items():
             if name == "kind" or value is None:
                 continue
             if name not in read:
@@ -60,7 +62,8 @@ class Shortcut(NamedTuple):
                 raise ValueError(f"shortcut {name}={value!r}: give a finite number.")
         if self.rate is not None and not 0 <= self.rate < 1:
             raise ValueError(f"shortcut rate={self.rate!r}: give a number from 0 to below 1.")
-        return self._replace(**{k: v for k, v in read.items() if getattr(self, k) is None})
+        defaults = {name: value for name, value in read.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **defaults)
 
 
 NUMBERS = {
@@ -164,16 +167,16 @@ class Skip(nnx.Module):
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> tuple[jax.Array, Any]:
         skip = x if self.resize is None else self.resize(x)
-        kind, scale, branch_scale, _, rate = self.shortcut
-        if kind == "constant_scaling":
-            return float(scale or 0) * skip, branch_scale
+        how = self.shortcut
+        if how.scale is not None:
+            return how.scale * skip, how.branch_scale
         if self.gate is not None:
             g = jax.nn.sigmoid(self.gate(x) + self.gate_bias[None, None, None])
-            return (1 - g) * skip, g if kind == "exclusive_gating" else None
-        if rate is None:
+            return (1 - g) * skip, g if how.kind == "exclusive_gating" else None
+        if how.rate is None:
             return skip, None
         if self.deterministic:
-            return (1 - rate) * skip, None
+            return (1 - how.rate) * skip, None
         assert key is not None  # the network has asked for one
-        keep = jax.random.bernoulli(key, 1 - rate, skip.shape)
+        keep = jax.random.bernoulli(key, 1 - how.rate, skip.shape)
         return jnp.where(keep, skip, 0), None

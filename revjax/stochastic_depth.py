@@ -7,9 +7,10 @@ A closed F does not run, forward or backward, its batch statistics do not move, 
 gradient is zero: a step costs the time of the open ones.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,8 @@ from revjax.gate import run_if
 from revjax.trees import PyTree
 
 
-class StochasticDepth(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class StochasticDepth:
     """How deep a network is in training, for `ResNet` and `RevNet`.
 
     Attributes:
@@ -32,8 +34,8 @@ class StochasticDepth(NamedTuple):
     """
 
     p_last: float = 0.5
-    mode: Literal["linear", "uniform"] = "linear"
-    granularity: Literal["batch", "sample"] = "batch"
+    mode: str = "linear"
+    granularity: str = "batch"
 
     def checked(self) -> "StochasticDepth":
         """This, or a ValueError that says what is wrong with it."""
@@ -43,9 +45,7 @@ class StochasticDepth(NamedTuple):
         return self
 
 
-def survival_probabilities(
-    num_residuals: int, p_last: float, mode: Literal["linear", "uniform"] = "linear"
-) -> np.ndarray:
+def survival_probabilities(num_residuals: int, p_last: float, mode: str = "linear") -> np.ndarray:
     """The probability p_l that a residual function is open, in the order of the network.
 
     Args:

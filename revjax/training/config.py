@@ -17,6 +17,8 @@ from ml_collections import ConfigDict
 
 from revjax.data import HOLD_OUT_SIZES, NORMALIZATIONS, DataError, dataset_info
 from revjax.models import list_models
+from revjax.shortcut import Shortcut
+from revjax.stochastic_depth import StochasticDepth
 from revjax.training.errors import ConfigError
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -49,6 +51,12 @@ class ModelConfig:
     units: tuple[int, ...] | None = None  # the generic names only: units of each stage
     filters: tuple[int, ...] | None = None  # the same: the stem's width, then each stage's
     bottleneck: bool | None = None  # the same
+    placement: str | None = (
+        None  # ResNets only, and the next two, see ResNet; None: the model's own
+    )
+    shortcut: Shortcut | None = None
+    conventions: str | None = None
+    stochastic_depth: StochasticDepth | None = None  # None: constant depth
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +126,7 @@ def check_config(values: ConfigDict) -> Config:
         _refuse(values.data, "data", ("dir", "source"), "digits comes with scikit-learn")
     names = (*GENERIC_MODELS, *list_models())
     require(model.name in names, "model.name", f"one of {', '.join(names)}")
-    if model.name.startswith("resnet"):
+    if not model.name.startswith("revnet"):
         _refuse(values.model, "model", ("grid_bits",), "a ResNet has no reversible stream")
     elif "grid_bits" not in values.model:
         raise ConfigError("config.model.grid_bits is missing; a RevNet needs it (14, or None).")

@@ -45,7 +45,8 @@ class Abstract(NamedTuple):
 
     train_graph: Any  # nnx.GraphDef of model.train()
     eval_graph: Any  # nnx.GraphDef of model.eval()
-    statistics_graph: Any  # as train_graph, but a call leaves its batch's statistics alone
+    # As train_graph, but nothing is drawn, and a call leaves its batch's statistics alone.
+    statistics_graph: Any
     num_parameters: int
     has_stream: bool  # whether the model reports its largest |stream|
 
@@ -55,7 +56,7 @@ def build_model(config: Config) -> nnx.Module:
     model = config.model
     info = dataset_info(config.data.name, data_dir=config.data.dir)
     options: dict[str, Any] = {}
-    if not model.name.startswith("resnet"):
+    if model.name.startswith("revnet"):
         options["grid_bits"] = model.grid_bits
     if model.units is not None:
         options |= {"units": model.units, "filters": model.filters, "bottleneck": model.bottleneck}
@@ -66,6 +67,10 @@ def build_model(config: Config) -> nnx.Module:
         in_channels=info.image_shape[-1],
         backward=model.backward,
         dtype=DTYPES[model.dtype],
+        placement=model.placement,
+        shortcut=model.shortcut,
+        conventions=model.conventions,
+        stochastic_depth=model.stochastic_depth,
         **options,
     )
 
@@ -82,14 +87,15 @@ def abstract_model(config: Config) -> Abstract:
     images = jax.ShapeDtypeStruct((config.batch_size, *image_shape), jnp.float32)
     try:
         model = nnx.eval_shape(lambda: build_model(config))
-        nnx.eval_shape(lambda model, images: model(images), model, images)
+        key = jax.random.key(0)
+        nnx.eval_shape(lambda model, images: model(images, key=key), model, images)
     except ValueError as error:
         raise ConfigError(f"config.model: {error}") from error
     model.train()
     train_graph, params, variables = nnx.split(model, nnx.Param, ...)
     model.eval()
     eval_graph = nnx.graphdef(model)
-    model.train()
+    model.set_attributes(deterministic=True, use_running_average=False)
     for _, module in nnx.iter_modules(model):
         if isinstance(module, nnx.BatchNorm):
             module.momentum = 0.0  # averages become those of the last batch

@@ -15,6 +15,7 @@ from revjax.training.state import Abstract, Interval, TrainState
 
 # Apart from the counters 0, 1, 2, ... by which nnx.Rngs folds the same seed for the parameters.
 AUGMENTATION_STREAM = 2**31
+MODEL_STREAM = 2**31 + 1
 
 
 class Split(NamedTuple):
@@ -62,6 +63,11 @@ def put_on_device(config: DataConfig, dataset: Dataset) -> dict[str, Split]:
     }
 
 
+def stream_key(seed: int, stream: int, step: jax.Array) -> jax.Array:
+    """The key of one use of randomness in a step: a function of the config's seed and the step."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), step)
+
+
 def make_train_step(
     config: Config, model: Abstract, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, jax.Array, jax.Array], TrainState]:
@@ -73,7 +79,7 @@ def make_train_step(
     def train_step(state: TrainState, images: jax.Array, labels: jax.Array) -> TrainState:
         def loss_fn(params: Any) -> tuple[jax.Array, Any]:
             module = nnx.merge(model.train_graph, params, state.variables, copy=True)
-            logits = module(images)
+            logits = module(images, key=stream_key(config.seed, MODEL_STREAM, state.step))
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             correct = (jnp.argmax(logits, axis=-1) == labels).sum(dtype=jnp.int32)
             return losses.mean(), (correct, nnx.state(module, nnx.Not(nnx.Param)))
@@ -124,9 +130,8 @@ def make_train_steps(
     train_step = make_train_step(config, model, optimizer)
 
     def augmented(state: TrainState, data: Split, indices: jax.Array) -> jax.Array:
-        stream = jax.random.fold_in(jax.random.key(config.seed), AUGMENTATION_STREAM)
         return augment(
-            jax.random.fold_in(stream, state.step),
+            stream_key(config.seed, AUGMENTATION_STREAM, state.step),
             data.images[indices],
             data.normalization,
             padding=config.data.padding,

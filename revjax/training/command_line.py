@@ -1,4 +1,4 @@
-"""`train.py --config FILE [--workdir DIR] [--config.KEY=VALUE ...] [--eval_only]` as a record."""
+"""`train.py --config FILE[:ROW] [--workdir DIR] [--config.KEY=VALUE ...]` as a record."""
 
 import importlib.util
 import re
@@ -16,7 +16,7 @@ class Arguments(NamedTuple):
     """What the command line asks for."""
 
     config: ConfigDict  # the config file's values under the command line's overrides, unchecked
-    config_name: str  # the config file's name without its suffix
+    config_name: str  # the config file's name without its suffix, and the row after a dash
     workdir: Path
     eval_only: bool
 
@@ -38,7 +38,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments | str:
             cannot be loaded.
     """
     own = flags.FlagValues()
-    flags.DEFINE_string("config", None, "The config, a file of configs/.", flag_values=own)
+    flags.DEFINE_string("config", None, "A file of configs/, or FILE:ROW.", flag_values=own)
     flags.DEFINE_string("workdir", None, "Default: runs/<config name>.", flag_values=own)
     flags.DEFINE_bool("eval_only", False, "Only evaluate the newest checkpoint.", flag_values=own)
     flags.DEFINE_bool("help", False, "Print this text.", flag_values=own)
@@ -68,30 +68,43 @@ def parse_arguments(argv: Sequence[str]) -> Arguments | str:
         raise ConfigError(
             f"{stray[0]!r} is no flag; a value of the config is set by --config.KEY=VALUE."
         )
-    name = Path(own.config).stem
+    path, row = _file_and_row(own.config)
+    name = f"{path.stem}-{row}" if row else path.stem
     workdir = Path(own.workdir) if own.workdir else Path("runs") / name
     return Arguments(config, name, workdir, own.eval_only)
 
 
-def _load_config(path: str) -> ConfigDict:
-    """Run a config file, which is Python, and return what its `get_config()` returns."""
-    if not Path(path).is_file():
-        raise ConfigError(f"--config={path}: there is no such file.")
-    spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
+def _file_and_row(config: str) -> tuple[Path, str]:
+    """The file that `--config` names, and what it has after a colon, or nothing."""
+    if Path(config).is_file() or ":" not in config:
+        return Path(config), ""
+    file, _, row = config.rpartition(":")
+    return Path(file), row
+
+
+def _load_config(config: str) -> ConfigDict:
+    """Run a config file, which is Python, and return what its `get_config()` returns.
+
+    What stands behind a colon, as in "configs/identity_mappings.py:ROW", is its argument.
+    """
+    path, row = _file_and_row(config)
+    if not path.is_file():
+        raise ConfigError(f"--config={config}: there is no file {path}.")
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"--config={path}: a config is a Python file, whose name ends in .py.")
+        raise ConfigError(f"--config={config}: a config is a Python file, whose name ends in .py.")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        config = module.get_config()
+        values = module.get_config(*([row] if row else []))
     except Exception as error:  # whatever a user's Python may raise
         what = f"{type(error).__name__}: {_last_line(error)[:-1]}"
-        raise ConfigError(f"--config={path}: its get_config() cannot be run ({what}).") from error
-    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"--config={config}: its get_config() cannot be run ({what}).") from error
+    if not isinstance(values, ConfigDict):
         raise ConfigError(
-            f"--config={path}: get_config() returned {config!r}; a ConfigDict is due."
+            f"--config={config}: get_config() returned {values!r}; a ConfigDict is due."
         )
-    return config
+    return values
 
 
 def _check_key(config: ConfigDict, key: str) -> None:

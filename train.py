@@ -19,7 +19,7 @@ the same command it ends in the same parameters, bit for bit on the same machine
 config.json, metrics.jsonl, tensorboard/, checkpoints/, and at the end summary.json and curves.png.
 
 Exit codes: 0 done, or stopped by SIGTERM or SIGINT with everything saved; 1 the run failed; 2 it
-was asked for something impossible. The last two come with one sentence on stderr.
+was asked for something impossible. The last two come with a sentence on stderr.
 """
 
 import contextlib
@@ -90,8 +90,9 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
 
         # -- 4. Where the run stands --------------------------------------------------------------
 
-        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
-        resources.callback(checkpoints.close)
+        checkpoints = resources.enter_context(
+            Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
+        )
         initial = partial(initial_state, config, optimizer)
         restored = checkpoints.restore_newest(jax.eval_shape(initial), tell)
         state, step, earlier = restored or (*stop.wait_for(partial(draw, initial)), 0, 0.0)
@@ -242,7 +243,7 @@ def is_due(step: int, every: int, steps: int) -> bool:
 
 def not_finite(what: str, step: int, saved: int) -> str:
     """Say that a number is infinite or not a number, and what to do."""
-    kept = f"the checkpoint of step {saved} is kept" if saved else "nothing was saved yet"
+    kept = f"what was saved up to step {saved} is kept" if saved else "nothing was saved yet"
     return (
         f"the {what} is not finite at step {step}; {kept}; try a smaller "
         "config.optim.learning_rate, or float32 where config.model.dtype is bfloat16, in another "
@@ -262,9 +263,8 @@ def evaluate_only(
     check_same_config(workdir, values, free=(*FREE_KEYS, "precise_bn_batches"))
     restored = None
     if (workdir / "checkpoints").is_dir():
-        checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
         template = jax.eval_shape(partial(initial_state, config, make_optimizer(config.optim)))
-        with contextlib.closing(checkpoints):
+        with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
             restored = checkpoints.restore_newest(template, tell)
     if restored is None:
         raise TrainingError(f"{workdir} has no checkpoint to evaluate; train there first.")
@@ -287,12 +287,16 @@ def tell(sentence: str) -> None:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run `main` and return the exit code, with a sentence on stderr where it is not 0."""
+    """Run `main` and return the exit code, with a sentence on stderr where it is not 0.
+
+    There is a second sentence where the run's last checkpoint could not be written either.
+    """
     with StopSignals() as stop:
         try:
             main(argv, stop)
         except (ConfigError, TrainingError, DataError) as error:
-            tell(str(error))
+            for sentence in (str(error), *getattr(error, "__notes__", ())):
+                tell(sentence)
             return 2 if isinstance(error, ConfigError) else 1
         except Stopped:
             print(f"Stopped by {stop.requested}: there was nothing to save.")

@@ -36,11 +36,11 @@ import jax
 import numpy as np
 from record import ROOT, environment
 
-from revjax.data import batch_indices, normalize
+from revjax.data import DataError, batch_indices, normalize
 from revjax.training.checkpoints import Checkpoints
 from revjax.training.command_line import parse_arguments
 from revjax.training.config import Config, check_config
-from revjax.training.errors import ConfigError
+from revjax.training.errors import ConfigError, TrainingError
 from revjax.training.interrupt import StopSignals
 from revjax.training.optimizer import make_optimizer
 from revjax.training.state import Abstract, TrainState
@@ -212,6 +212,8 @@ def main() -> None:
         row = measure(flags, arguments.segment, arguments.turns)
     except ConfigError as error:
         parser.error(str(error))
+    except (DataError, TrainingError) as error:
+        sys.exit("\n".join([f"throughput.py: {error}", *getattr(error, "__notes__", ())]))
     print_table(row)
     if arguments.json:
         record: list[Any] = []

@@ -1,5 +1,6 @@
 """The benchmarks run, in their smallest form, and leave the recorded figures alone."""
 
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import revjax
+from revjax.data import DataError
+from revjax.training.errors import TrainingError
 
 ROOT = Path(revjax.__file__).parent.parent
 
@@ -49,6 +52,19 @@ def test_backward_ways_of_a_trained_network(tmp_path):
     for row in json.loads((tmp_path / "ways.json").read_text())["rows"]:
         if row["grid_bits"] is not None:
             assert row["gradient"]["reversible against remat"] == 0
+
+
+@pytest.mark.parametrize("error", [DataError, TrainingError])
+def test_throughput_fails_with_a_sentence(error, monkeypatch):
+    def fail(*_: object) -> None:
+        raise error("the run went wrong.")
+
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    throughput = importlib.import_module("throughput")
+    monkeypatch.setattr(throughput, "measure", fail)
+    monkeypatch.setattr(sys, "argv", ["throughput.py"])
+    with pytest.raises(SystemExit, match=r"^throughput\.py: the run went wrong\.$"):
+        throughput.main()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")

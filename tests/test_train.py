@@ -360,7 +360,7 @@ def test_a_signal_before_the_first_step(command, tmp_path):
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path, capsys):
+def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path, capsys, monkeypatch):
     """A ResNet, whose learning rate grows without bound at step 25."""
     workdir = tmp_path / "run"
     config = tmp_path / "diverging.py"
@@ -380,15 +380,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path, capsys):
     named = re.search(r"the loss, gradient or update is not finite at step (\d+);", err)
     assert named, err
     assert 26 <= int(named[1]) <= 30
-    assert "the checkpoint of step 20 is kept" in err
+    assert "what was saved up to step 20 is kept" in err
     assert "config.optim.learning_rate" in err
     assert newest(workdir) == 20
     assert {row["step"] for row in read_rows(workdir)} == {20}
     assert not (workdir / "summary.json").exists()
-    assert train.run(arguments) == 1  # from step 20, to the same end
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    # From step 20 to the same end, past a checkpoint that is not written: both are told.
+    monkeypatch.setattr("revjax.training.checkpoints.write_json", fail)
+    assert train.run([*arguments, "--config.checkpoint_every=21"]) == 1
     again = capsys.readouterr().err.splitlines()
     assert "going on from step 20" in again[0]
-    assert again[-1] == err
+    assert again[-2] == err.replace("up to step 20", "up to step 21")
+    assert "checkpoint of step 21 could not be written: no space left on device;" in again[-1]
 
 
 def test_two_runs_do_not_share_a_workdir(command, finished, capsys):

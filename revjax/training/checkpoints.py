@@ -5,7 +5,8 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,9 @@ class Checkpoints:
     one whose process was killed in between.
 
     All this is done in a thread, one checkpoint at a time, while the training goes on.
+
+    In a `with` statement it is closed at the end. An error that ends the statement stays the one
+    that is raised: that of a checkpoint that could not be written becomes a note of it.
     """
 
     def __init__(self, directory: Path, *, keep: int = 1, read_only: bool = False):
@@ -83,7 +87,7 @@ class Checkpoints:
             step, result = writing
             try:
                 result.result()
-            except OSError as error:
+            except (OSError, ValueError) as error:  # tensorstore's are ValueErrors
                 raise TrainingError(
                     f"the checkpoint of step {step} could not be written: {error}; those before it "
                     f"are in {self.directory}."
@@ -162,6 +166,22 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
             self._manager.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self.close()
+        except TrainingError as unwritten:
+            if error is None:
+                raise
+            error.add_note(str(unwritten))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -62,7 +62,7 @@ def digits_variants() -> list[str]:
     spec: Any = importlib.util.spec_from_file_location("digits_resnet", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return list(module.VARIANTS)
+    return list(module.ROWS)
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
-VARIANTS: dict[str, dict[str, Any]] = {
+ROWS: dict[str, dict[str, Any]] = {
     # He et al. 2016, figure 4
     "original": dict(placement="original"),
     "bn_after_addition": dict(placement="bn_after_addition"),
@@ -51,9 +51,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def get_config(variant: str = "full_preactivation") -> ConfigDict:
     """Return the config of a network of 14 residual functions or so, of that variant."""
-    if variant not in VARIANTS:
-        raise ValueError(f"there is no variant {variant!r}: name one of {', '.join(VARIANTS)}")
-    chosen = VARIANTS[variant]
+    if variant not in ROWS:
+        raise ValueError(f"there is no variant {variant!r}: name one of {', '.join(ROWS)}")
+    chosen = ROWS[variant]
     config = ConfigDict()
 
     config.data = data = ConfigDict()

@@ -12,7 +12,9 @@ from revjax import models
 ROOT = Path(revjax.__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-ROWS = re.findall(r"^\| (re[sv]net\d+) \| ([\d, ]+) \| ([\d,]+)(?: / ([\d,]+))? \|", README, re.M)
+ROWS = re.findall(
+    r"^\| (\w*re[sv]net\d+) \| ([\d, ]+) \| ([\d,]+)(?: / ([\d,]+))? \|", README, re.M
+)
 
 
 @jax.numpy_dtype_promotion("standard")  # as readers have it

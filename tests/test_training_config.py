@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import re
 import subprocess
 import sys
@@ -26,6 +27,7 @@ DIGITS = f"--config={ROOT}/configs/digits_revnet.py"
 CIFAR = f"--config={ROOT}/configs/cifar10_revnet38.py"
 RESNET = f"--config={ROOT}/configs/cifar100_resnet32.py"
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*_*.py"))
+TABLES = ("identity_mappings", "stochastic_depth")  # whose rows are configs
 
 
 @pytest.fixture
@@ -56,8 +58,8 @@ def refused(monkeypatch, tmp_path, capsys):
         # flags and files
         ([], "no config"),
         (["--config"], "Missing value"),
-        (["--config=configs/none.py"], "no such file"),
-        (["--config=README"], "no such file"),
+        (["--config=configs/none.py"], "there is no file"),
+        (["--config=README"], "there is no file"),
         ([DIGITS, "--evalonly"], "evalonly"),
         ([DIGITS, "stray"], "'stray' is no flag"),
         ([DIGITS, "--eval_only=perhaps"], "eval_only"),
@@ -255,7 +257,8 @@ def test_there_is_a_config_for_every_network_and_data_set():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config_is_valid(name):
     path = ROOT / "configs" / f"{name}.py"
-    config = check_config(parse(f"--config={path}").config)
+    row = {"identity_mappings": ":shortcut_dropout", "stochastic_depth": ":cifar10_resnet110"}
+    config = check_config(parse(f"--config={path}{row.get(name, '')}").config)
     header = ast.get_docstring(ast.parse(path.read_text())) or ""
     assert f"python train.py --config configs/{name}.py" in header
     for item in ("Hardware:", "Time:", "Accuracy:", "n:"):
@@ -268,6 +271,46 @@ def test_config_is_valid(name):
         assert (optim.learning_rate, optim.boundaries) == (0.1, (40_000, 60_000))
         assert (optim.decay_factor, optim.momentum, optim.weight_decay) == (0.1, 0.9, 2e-4)
         assert (config.data.padding, config.data.flip) == (2, True)
+
+
+ROWS = [
+    f"{name}:{row}"
+    for name in (*TABLES, "digits_resnet")
+    for row in importlib.import_module(f"configs.{name}").ROWS
+]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_row_is_valid(row):
+    """Of the tables of He et al. 2016 and Huang et al. 2016, by their recipes."""
+    file, name = row.split(":")
+    arguments = parse(f"--config={ROOT}/configs/{file}.py:{name}")
+    config = check_config(arguments.config)
+    assert arguments.workdir == Path("runs") / f"{file}-{name}"
+    if file not in TABLES:
+        return
+    optim, model, data = config.optim, config.model, config.data
+    assert (optim.learning_rate, optim.decay_factor, optim.momentum) == (0.1, 0.1, 0.9)
+    assert (optim.weight_decay, optim.decay, optim.nesterov) == (1e-4, "all", True)
+    if file == "identity_mappings":
+        assert (data.padding, data.flip, data.validation) == (4, True, 0)
+        assert (optim.warmup_steps, optim.warmup_rate) == (400, 0.01)
+        if config.batch_size == 128:
+            assert (config.steps, optim.boundaries) == (64_000, (32_000, 48_000))
+        return
+    epochs, drops = (50, (30, 35)) if data.name.startswith("svhn") else (500, (250, 375))
+    left = 604_388 - 6_000 if data.name.startswith("svhn") else 45_000
+    assert config.steps == epochs * (left // 128)
+    assert optim.boundaries == tuple(drop * (left // 128) for drop in drops)
+    assert (model.stochastic_depth is None) == name.endswith("_constant")
+    assert (optim.warmup_steps > 0) == ("1202" in name)
+
+
+def test_every_row_is_told_of():
+    told = (ROOT / "docs" / "papers.md").read_text()
+    for row in ROWS:
+        name = re.sub(r"exclusive_gating_-[1-4]$", "exclusive_gating_-5", row.split(":")[1])
+        assert f"`{name}`" in told or row.startswith("digits"), row
 
 
 def test_config_error_is_raised_for_a_group_that_is_a_value():

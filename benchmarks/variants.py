@@ -88,7 +88,7 @@ def draw(runs: dict[str, Path], path: Path) -> None:
     FigureCanvasAgg(figure)
     losses, accuracies = figure.subplots(1, 2)
     for label, workdir in runs.items():
-        rows = read_rows(workdir / "metrics.jsonl")
+        rows = read_rows(workdir)
         points = {
             split: [row for row in rows if row["split"] == split] for split in ("train", "test")
         }

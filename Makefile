@@ -1,6 +1,6 @@
 # make train    train the digits RevNet; flags of train.py: make train ARGS="--config.steps=100"
 # make test     run the tests; flags of pytest: make test ARGS="-k coupling"
-# make bench    time the ways to a gradient, for an hour; see benchmarks/speed.py
+# make bench    time the ways to a gradient, which is long; see benchmarks/speed.py
 # make lint     ruff and pyright
 # make format   let ruff rewrite what it can
 # make clean    remove the environments and what the tools left behind; training runs stay

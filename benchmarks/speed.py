@@ -1,7 +1,7 @@
 """Time and memory of a gradient, or of a training step, by each way to it, side by side.
 
-Command:   python benchmarks/speed.py [chain] [network] [deep] [--depths 16] [--models NAME]
-Hardware:  a CPU with 24 GB of memory, on which nothing else should run; an hour in all
+Command:   python benchmarks/speed.py [chain] [network] [deep] [compile] [--models NAME] [--help]
+Hardware:  a CPU with 24 GB of memory, on which nothing else should run; long in all
 Figures:   benchmarks/results/speed.json, .md and .png, told in docs/performance.md
 
 chain      the gradient, by parameters and input, of a chain of blocks of two residual functions
@@ -126,7 +126,10 @@ def operations_per_second() -> float:
 
 
 def measure(specs: dict[str, dict[str, Any]], rounds: int, warm: bool) -> dict[str, dict[str, Any]]:
-    """A row for each way; it is None for one that needs more memory than there is."""
+    """A row for each way, without seconds for one that the compiler says needs too much memory.
+
+    After such a one, those of STORING are not tried and have no row.
+    """
     contestants: dict[str, Contestant] = {}
     rows: dict[str, dict[str, Any]] = {}
     too_large = False

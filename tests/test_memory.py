@@ -148,6 +148,18 @@ def test_a_compiler_that_is_absent_is_named(monkeypatch, topology, package, inst
         memory_report(product, struct(8, 8), struct(8, 8), topology=topology)
 
 
+def test_a_compiler_that_another_process_has_is_named(monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("ABORTED: Internal error when accessing libtpu multi-process lockfile.")
+
+    for name in ("TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.setenv(name, "")  # to be undone: the library sets them
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", refuse)
+    with pytest.raises(RuntimeError, match="wait for the process that uses libtpu"):
+        memory_report(product, struct(8, 8), struct(8, 8), topology="v5e:2x2")
+
+
 @pytest.mark.parametrize("available", [0, 99, 100, 1_000, 123_456, 10**9])
 @pytest.mark.parametrize("known", [None, {100: 2_100}])
 def test_largest_batch(available, known):

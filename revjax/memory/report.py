@@ -46,7 +46,7 @@ def memory_report(
     Raises:
         ValueError: there is no such topology, or no argument to compile for it; or its compiler
             does not tell what memory a program needs.
-        RuntimeError: the compiler for the topology is not installed.
+        RuntimeError: the compiler for the topology is not installed, or another process has it.
 
     Example:
         >>> a = jax.ShapeDtypeStruct((1000, 1000), jnp.float32)

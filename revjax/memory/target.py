@@ -53,7 +53,7 @@ def find_device(topology: str) -> Any:
 
     Raises:
         ValueError: there is no such device.
-        RuntimeError: the package with its compiler is not installed.
+        RuntimeError: the package with its compiler is not installed, or another process has it.
     """
     if topology in BACKENDS:
         try:
@@ -100,6 +100,11 @@ def _describe_tpu(name: str) -> Any:
     try:
         return topologies.get_topology_desc(name, platform="tpu").devices[0]
     except Exception as error:  # libtpu's own, of no common class
+        if "lockfile" in str(error):
+            raise RuntimeError(
+                f"to compile for {name}, wait for the process that uses libtpu to end, or, where "
+                f"none needs a TPU, set ALLOW_MULTIPLE_LIBTPU_LOAD=1 ({error})."
+            ) from error
         raise ValueError(
             f'topology={name!r}: libtpu does not describe it ({error}); "v5e:2x2" is one that it '
             "knows."

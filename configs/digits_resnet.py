@@ -50,7 +50,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 def get_config(variant: str = "full_preactivation") -> ConfigDict:
-    """Return the config of a small network, trained for 100 steps after a warm-up, of that variant."""
+    """Return the config of a small network of that variant, trained for 100 steps."""
     if variant not in ROWS:
         raise ValueError(f"there is no variant {variant!r}: name one of {', '.join(ROWS)}")
     chosen = ROWS[variant]

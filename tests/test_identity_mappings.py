@@ -143,10 +143,18 @@ class Oracle:
 CASES = [
     *[(False, placement, Shortcut(), "revnet") for placement in BASIC if placement[0] != "f"],
     *[(False, "original", shortcut, "identity_mappings") for shortcut in SHORTCUTS],
-    (False, "full_preactivation", Shortcut("exclusive_gating"), "revnet"),
-    (True, "original", Shortcut(), "identity_mappings"),
-    (True, "relu_only_preactivation", Shortcut(), "identity_mappings"),
     (True, "full_preactivation", Shortcut(), "identity_mappings"),
+    pytest.param(True, "original", Shortcut(), "identity_mappings", marks=pytest.mark.slow),
+    pytest.param(
+        True, "relu_only_preactivation", Shortcut(), "identity_mappings", marks=pytest.mark.slow
+    ),
+    pytest.param(
+        False,
+        "full_preactivation",
+        Shortcut("exclusive_gating"),
+        "revnet",
+        marks=pytest.mark.slow,
+    ),
 ]
 
 

@@ -26,7 +26,7 @@ ROWS: dict[str, dict[str, Any]] = {
         placement="original", shortcut=dict(kind="constant_scaling", scale=0.5, branch_scale=0.5)
     ),
     "exclusive_gating": dict(
-        placement="original", shortcut=dict(kind="exclusive_gating", gate_bias=-6.0)
+        placement="original", shortcut=dict(kind="exclusive_gating", gate_bias=0.0)
     ),
     "shortcut_only_gating": dict(
         placement="original", shortcut=dict(kind="shortcut_only_gating", gate_bias=-6.0)
@@ -50,7 +50,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 def get_config(variant: str = "full_preactivation") -> ConfigDict:
-    """Return the config of a small network of that variant, trained for 100 steps."""
+    """Return the config of a small network of that variant, trained for 100 steps or 200."""
     if variant not in ROWS:
         raise ValueError(f"there is no variant {variant!r}: name one of {', '.join(ROWS)}")
     chosen = ROWS[variant]
@@ -77,7 +77,10 @@ def get_config(variant: str = "full_preactivation") -> ConfigDict:
 
     config.optim = optim = ConfigDict()
     optim.learning_rate = 0.1
-    optim.boundaries = (60, 85)
+    # Gates let less through, at first or always.
+    gated = variant == "exclusive_gating" or "stochastic_depth" in chosen
+    config.steps = steps = 200 if gated else 100
+    optim.boundaries = (60 * steps // 100, 85 * steps // 100)
     optim.decay_factor = 0.1
     optim.momentum = 0.9
     optim.weight_decay = 1e-3
@@ -85,7 +88,6 @@ def get_config(variant: str = "full_preactivation") -> ConfigDict:
     optim.warmup_rate = 0.01
 
     config.seed = 0
-    config.steps = 100
     config.batch_size = 100
 
     config.log_every = 10

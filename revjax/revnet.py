@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -80,8 +81,8 @@ class ReversibleChain(nnx.Module):
         """The chain's f, g, params, xs and gates, as `rev_chain_apply` takes them."""
         apply_f, params_f, statistics_f = pure(self.f)
         apply_g, params_g, statistics_g = pure(self.g)
-        is_drawn = gates[0] is not None and gates[0].dtype == bool
-        gates, factors = (gates, (None, None)) if is_drawn else ((None, None), gates)
+        drawn = tuple(gate if _is_drawn(gate) else None for gate in gates)
+        factors = tuple(None if _is_drawn(gate) else gate for gate in gates)
 
         def f(params, x2, xs):
             statistics, factors = xs
@@ -92,7 +93,11 @@ class ReversibleChain(nnx.Module):
             return apply_gated(apply_g, factors[1], params, statistics[1], y1)
 
         params, xs = (params_f, params_g), ((statistics_f, statistics_g), factors)
-        return (f, g, params, xs, gates) if self.scanned else (f, g, [params], [xs], [gates])
+        return (f, g, params, xs, drawn) if self.scanned else (f, g, [params], [xs], [drawn])
+
+
+def _is_drawn(gate):
+    return gate is not None and gate.dtype == bool
 
 
 def call_chains(chains: list[ReversibleChain], x: Pair, gates: list[Gates]) -> Pair:
@@ -120,14 +125,15 @@ def call_chains(chains: list[ReversibleChain], x: Pair, gates: list[Gates]) -> P
         for module, gate, statistics in zip(
             (chain.f, chain.g), own, aux if chain.scanned else aux[0], strict=True
         ):
-            if gate is not None and gate.dtype == bool:  # the aux of a closed function is zero
-                statistics = jax.tree.map(
-                    lambda new, old, gate=gate: jnp.where(jnp.expand_dims(gate, -1), new, old),
-                    statistics,
-                    nnx.state(module, nnx.BatchStat),
-                )
+            if _is_drawn(gate):  # the aux of a closed function is zero
+                old = nnx.state(module, nnx.BatchStat)
+                statistics = jax.tree.map(partial(_where_open, gate), statistics, old)
             nnx.update(module, statistics)
     return y
+
+
+def _where_open(gate, new, old):
+    return jnp.where(jnp.expand_dims(gate, tuple(range(gate.ndim, new.ndim))), new, old)
 
 
 class Transition(nnx.Module):

@@ -18,7 +18,12 @@ from revjax.layers import Head, Stem, call_gated, call_recomputed, pure, stack
 from revjax.residual import Residual
 from revjax.reversible import Backward, Pair, apply_chains, rev_chain_inverse
 from revjax.shortcut import resize
-from revjax.stochastic_depth import StochasticDepth, apply_gated, network_gates
+from revjax.stochastic_depth import (
+    StochasticDepth,
+    apply_gated,
+    check_stochastic_depth,
+    network_gates,
+)
 
 Gates = Any  # of a chain or stage: arrays [depth, ...] for F and for G; (None, None): all run
 
@@ -274,7 +279,7 @@ class RevNet(nnx.Module):
         num_classes = integer("num_classes", num_classes)
         self.in_channels = in_channels = integer("in_channels", in_channels)
         self.units = units
-        self.stochastic_depth = None if stochastic_depth is None else stochastic_depth.checked()
+        self.stochastic_depth = check_stochastic_depth(stochastic_depth)
         self.deterministic = False  # set by train() and eval()
         self.store = backward == "store"
         kind: Any = dict(conventions=CONVENTIONS["revnet"], dtype=dtype, rngs=rngs)

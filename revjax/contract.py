@@ -53,7 +53,8 @@ def chain_blocks(params: PyTree, xs: PyTree, gates: PyTree) -> tuple[int | None,
         of xs is `(xs, gates)`.
 
     Raises:
-        TypeError: params, gates or an entry of their lists is not a pair, or a gate is not bool.
+        TypeError: params, gates or an entry of their lists is not a pair, or a gate is not bool of
+            the rank that is due.
         ValueError: leading axes disagree, or there are none, or the lists differ in length.
     """
     if isinstance(params, list):
@@ -67,10 +68,10 @@ def chain_blocks(params: PyTree, xs: PyTree, gates: PyTree) -> tuple[int | None,
         for i, pair in enumerate(params):
             check_pair(f"params[{i}]", pair, hint)
         none = [None] * len(params)
-        all_gates = [_check_gates(pair) for pair in gates or none]
+        all_gates = [_check_gates(pair, 0) for pair in gates or none]
         return None, params, list(zip(xs or none, all_gates, strict=True))
     check_pair("params", params)
-    gates = _check_gates(gates)
+    gates = _check_gates(gates, 1)
     leaves = jax.tree.leaves((params, xs, gates))
     if not leaves:
         raise ValueError(
@@ -86,14 +87,16 @@ def chain_blocks(params: PyTree, xs: PyTree, gates: PyTree) -> tuple[int | None,
     return depths.pop(), [params], [(xs, gates)]
 
 
-def _check_gates(gates):
-    """Gates as a pair, each None or a bool array."""
+def _check_gates(gates, rank):
+    """Gates as a pair, each None or a bool array of that rank."""
     if gates is None:
         return None, None
     check_pair("gates", gates, "Give (for f, for g), each bool or None.")
     for gate in gates:
-        if gate is not None and jnp.result_type(gate) != jnp.bool_:
-            raise TypeError(f"gates must be bool arrays or None, got {describe(gates)}.")
+        if gate is not None and (jnp.result_type(gate) != jnp.bool_ or jnp.ndim(gate) != rank):
+            raise TypeError(
+                f"a gate must be bool{['[]', '[depth]'][rank]} or None, got {describe(gates)}."
+            )
     return tuple(gates)
 
 

@@ -12,17 +12,26 @@ def run_if(gate: jax.Array | None, run: Callable, skip: Callable, *operands: PyT
     """`run(*operands)` where the gate is open, else `skip(zeros, *operands)`.
 
     Args:
-        gate: bool `[]`, or None for one that is open.
+        gate: bool `[]`, or None for one that is open. Under `jax.vmap` over gates both sides run.
         run: any traceable function.
         skip: what is returned instead, like what run returns; zeros is that, all zeros.
         *operands: any pytrees.
+
+    Raises:
+        ValueError: under `shard_map` gates differ between devices. The derivative of run may hold a
+            sum over devices, which those with a closed gate would not join.
     """
     if gate is None:
         return run(*operands)
+    if axes := jax.typeof(gate).mat.varying:
+        raise ValueError(
+            f"gates vary over the mesh axes {', '.join(sorted(map(str, axes)))}: give all devices "
+            "of a shard_map the same gates, or the same key to draw them from."
+        )
     due = jax.eval_shape(run, *operands)
 
     def closed(*operands):
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), due)
+        zeros = jax.tree.map(_zeros, due)
         return jax.tree.map(_vary_as, due, skip(zeros, *operands))
 
     # What passes from the conditional of a forward pass to that of its backward pass is written to
@@ -33,6 +42,10 @@ def run_if(gate: jax.Array | None, run: Callable, skip: Callable, *operands: PyT
 
 def _is_dear(primitive, *_, **__):
     return primitive.name in ("revjax_conv", "conv_general_dilated", "dot_general", "reduce_sum")
+
+
+def _zeros(due):
+    return jnp.zeros(due.shape, due.dtype, device=due.sharding)  # None, but on an explicit mesh
 
 
 def _vary_as(due, leaf):

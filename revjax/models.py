@@ -110,7 +110,7 @@ def create_model(
 
     Raises:
         ValueError: no such model, or an argument that is impossible for it.
-        TypeError: rngs or grid_bits is nothing of the kind.
+        TypeError: rngs, grid_bits or stochastic_depth is nothing of the kind.
 
     Example:
         >>> model = create_model("revnet", 10, rngs=nnx.Rngs(0), units=(1,), filters=(8, 8))

@@ -24,7 +24,7 @@ from revjax.layers import (
 from revjax.recompute import checkpoint_step
 from revjax.residual import PLACEMENTS, Residual
 from revjax.shortcut import Shortcut, Skip
-from revjax.stochastic_depth import StochasticDepth, network_gates
+from revjax.stochastic_depth import StochasticDepth, check_stochastic_depth, network_gates
 
 Draws = tuple[jax.Array | None, jax.Array | None]
 
@@ -168,7 +168,7 @@ class ResNet(nnx.Module):
         num_classes = integer("num_classes", num_classes)
         self.in_channels = in_channels = integer("in_channels", in_channels)
         self.units = units
-        self.stochastic_depth = None if stochastic_depth is None else stochastic_depth.checked()
+        self.stochastic_depth = check_stochastic_depth(stochastic_depth)
         self.dropout = shortcut.rate is not None
         self.deterministic = False  # set by train() and eval()
         self.dtype = stream_dtype(dtype)

@@ -116,7 +116,9 @@ def rev_chain_apply(
         gates: which functions run (stochastic depth, Huang et al. 2016): `(for f, for g)`, each
             bool `[depth]`, or None for always; where params is a list, a list of such pairs of
             bool `[]`. A closed function does not run, forward or backward: its half of the stream
-            stays as it is, its gradients and its aux are zero.
+            stays as it is, its gradients and its aux are zero. Of an open one "store" keeps what
+            products, convolutions and sums give, and evaluates the rest again. Under `shard_map`
+            all devices must have the same gates; under `vmap` over gates closed functions run, too.
         coupling: how a residual joins the stream: `revjax.additive` or `revjax.affine`.
         grid_bits: k rounds x and every residual to multiples of `2**-k`, so that gradient and
             inverse are exact while the stream stays within `stream_bound(k)`; x must be float32 or
@@ -135,9 +137,10 @@ def rev_chain_apply(
         `[depth, ...]`, or `(y, [(aux_f, aux_g), ...])` where params is a list.
 
     Raises:
-        TypeError: a pair is not one, a residual differs from what is due in structure, shape or
-            dtype, or the stream's dtype cannot hold the grid.
-        ValueError: leaves disagree on the depth, or an option has no such value.
+        TypeError: a pair or a gate is not one, a residual differs from what is due in structure,
+            shape or dtype, or the stream's dtype cannot hold the grid.
+        ValueError: leaves disagree on the depth, an option has no such value, or gates differ
+            between devices.
 
     Example:
         >>> def dense(w, x): return jnp.tanh(x @ w)

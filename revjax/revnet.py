@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,7 +18,12 @@ from revjax.layers import Head, Stem, call_gated, call_recomputed, pure, stack
 from revjax.residual import Residual
 from revjax.reversible import Backward, Pair, apply_chains, rev_chain_inverse
 from revjax.shortcut import resize
-from revjax.stochastic_depth import StochasticDepth, apply_gated, network_gates
+from revjax.stochastic_depth import (
+    StochasticDepth,
+    apply_gated,
+    check_stochastic_depth,
+    network_gates,
+)
 
 Gates = Any  # of a chain or stage: arrays [depth, ...] for F and for G; (None, None): all run
 
@@ -80,8 +86,8 @@ class ReversibleChain(nnx.Module):
         """The chain's f, g, params, xs and gates, as `rev_chain_apply` takes them."""
         apply_f, params_f, statistics_f = pure(self.f)
         apply_g, params_g, statistics_g = pure(self.g)
-        is_drawn = gates[0] is not None and gates[0].dtype == bool
-        gates, factors = (gates, (None, None)) if is_drawn else ((None, None), gates)
+        drawn = tuple(gate if _is_drawn(gate) else None for gate in gates)
+        factors = tuple(None if _is_drawn(gate) else gate for gate in gates)
 
         def f(params, x2, xs):
             statistics, factors = xs
@@ -92,7 +98,11 @@ class ReversibleChain(nnx.Module):
             return apply_gated(apply_g, factors[1], params, statistics[1], y1)
 
         params, xs = (params_f, params_g), ((statistics_f, statistics_g), factors)
-        return (f, g, params, xs, gates) if self.scanned else (f, g, [params], [xs], [gates])
+        return (f, g, params, xs, drawn) if self.scanned else (f, g, [params], [xs], [drawn])
+
+
+def _is_drawn(gate):
+    return gate is not None and gate.dtype == bool
 
 
 def call_chains(chains: list[ReversibleChain], x: Pair, gates: list[Gates]) -> Pair:
@@ -120,14 +130,15 @@ def call_chains(chains: list[ReversibleChain], x: Pair, gates: list[Gates]) -> P
         for module, gate, statistics in zip(
             (chain.f, chain.g), own, aux if chain.scanned else aux[0], strict=True
         ):
-            if gate is not None and gate.dtype == bool:  # the aux of a closed function is zero
-                statistics = jax.tree.map(
-                    lambda new, old, gate=gate: jnp.where(jnp.expand_dims(gate, -1), new, old),
-                    statistics,
-                    nnx.state(module, nnx.BatchStat),
-                )
+            if _is_drawn(gate):  # the aux of a closed function is zero
+                old = nnx.state(module, nnx.BatchStat)
+                statistics = jax.tree.map(partial(_where_open, gate), statistics, old)
             nnx.update(module, statistics)
     return y
+
+
+def _where_open(gate, new, old):
+    return jnp.where(jnp.expand_dims(gate, tuple(range(gate.ndim, new.ndim))), new, old)
 
 
 class Transition(nnx.Module):
@@ -268,7 +279,7 @@ class RevNet(nnx.Module):
         num_classes = integer("num_classes", num_classes)
         self.in_channels = in_channels = integer("in_channels", in_channels)
         self.units = units
-        self.stochastic_depth = None if stochastic_depth is None else stochastic_depth.checked()
+        self.stochastic_depth = check_stochastic_depth(stochastic_depth)
         self.deterministic = False  # set by train() and eval()
         self.store = backward == "store"
         kind: Any = dict(conventions=CONVENTIONS["revnet"], dtype=dtype, rngs=rngs)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from revjax.architecture import integer
 from revjax.gate import run_if
 from revjax.trees import PyTree
 
@@ -64,8 +65,7 @@ def survival_probabilities(num_residuals: int, p_last: float, mode: str = "linea
         >>> survival_probabilities(4, 0.5)
         array([0.875, 0.75 , 0.625, 0.5  ])
     """
-    if num_residuals < 1:
-        raise ValueError(f"num_residuals={num_residuals!r}: give a positive integer.")
+    num_residuals = integer("num_residuals", num_residuals)
     number = isinstance(p_last, int | float) and not isinstance(p_last, bool)
     if not (number and 0 < p_last <= 1):
         raise ValueError(f"p_last={p_last!r}: give a survival probability above 0, at most 1.")
@@ -101,7 +101,7 @@ def draw_gates(
         key: a PRNG key.
         probabilities: `[L]`, from `survival_probabilities`.
         batch_size: None for one gate a residual function; else one for each of so many images.
-        dtype: of the latter.
+        dtype: of the latter, and of the uniform numbers that are drawn for either.
 
     Returns:
         bool `[L]`, True where open; or, by images, `[L, batch_size, 1, 1, 1]`, zero or 1 / p_l.
@@ -116,6 +116,15 @@ def draw_gates(
     p = p.reshape(-1, 1, 1, 1, 1)
     open_ = jax.random.bernoulli(key, p, (len(p), batch_size, 1, 1, 1))
     return jnp.where(open_, 1 / p, 0)
+
+
+def check_stochastic_depth(how: Any) -> StochasticDepth | None:
+    """`how`, or a TypeError or ValueError that says why a network cannot have it."""
+    if how is None:
+        return None
+    if not isinstance(how, StochasticDepth):
+        raise TypeError(f"stochastic_depth={how!r}: give None or revjax.StochasticDepth(p_last).")
+    return how.checked()
 
 
 def network_gates(

@@ -8,6 +8,7 @@ BatchNorm, R ReLU, in the order in which the branch has them.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -50,16 +51,32 @@ UNITS, FILTERS, CLASSES, BATCH = (1, 2), (4, 4, 8), 5, 3
 
 
 class Oracle:
-    """A network on the nested dict `v` of its arrays, in training mode; it moves the averages."""
+    """A network on the nested dict `v` of its arrays, in training mode; it moves the averages.
 
-    def __init__(self, bottleneck, placement, shortcut, conventions, key):
+    gates has a factor, or False, for each unit.
+    """
+
+    def __init__(
+        self,
+        bottleneck,
+        placement,
+        shortcut,
+        conventions,
+        key=None,
+        gates=None,
+        units=UNITS,
+        filters=FILTERS,
+    ):
+        self.units, self.filters = units, filters
+        self.gates = itertools.repeat(1.0) if gates is None else iter(gates)
         self.table = BOTTLENECK if bottleneck else BASIC
         self.bottleneck, self.placement, self.shortcut = bottleneck, placement, shortcut
         self.epsilon, self.decay = {"revnet": (1e-3, 0.99), "identity_mappings": (1e-5, 0.9)}[
             conventions
         ]
         self.shared = conventions == "identity_mappings"
-        self.keys = iter(jax.random.split(jax.random.split(key)[1], sum(UNITS)))
+        if key is not None:
+            self.keys = iter(jax.random.split(jax.random.split(key)[1], sum(UNITS)))
 
     def conv(self, kernel, x, stride=1):
         dimensions = ("NHWC", "HWIO", "NHWC")
@@ -92,7 +109,7 @@ class Oracle:
             return self.norm(v["norm"]["norm"], x) if "norm" in v else x
         b, h, w, c = x.shape
         x = x.reshape(b, h // stride, stride, w // stride, stride, c).mean((2, 4))
-        none = jnp.zeros((*x.shape[:3], (FILTERS[2] - c) // 2))
+        none = jnp.zeros((*x.shape[:3], (self.filters[2] - c) // 2))
         return jnp.concatenate([none, x, none], 3)
 
     def unit(self, v, x, stride, very_first):
@@ -104,10 +121,11 @@ class Oracle:
         elif very_first:
             branch = branch[leading:]
         layers = [v["residual"]["layers"][i] for i in sorted(v["residual"]["layers"])]
-        f = self.run(branch, layers, x, stride)
+        gate = next(self.gates)
+        f = 0.0 if gate is False else gate * self.run(branch, layers, x, stride)
         skip = v.get("skip", {})
         h = self.resized(skip["resize"], x, stride) if "resize" in skip else x
-        if h.shape != f.shape:  # no arrays, but another shape
+        if stride != 1 and "resize" not in skip:  # no arrays, but another shape
             h = self.resized(None, x, stride)
         if "gate" in skip:
             g = 1 / (1 + jnp.exp(-self.conv(skip["gate"]["kernel"], x, stride) - skip["gate_bias"]))
@@ -127,7 +145,7 @@ class Oracle:
     def __call__(self, v, images):
         v = jax.tree.map(lambda a: a, v)
         x = self.run("CBR", [v["stem"]["conv"], v["stem"]["norm_relu"]], images)
-        for i, depth in enumerate(UNITS):
+        for i, depth in enumerate(self.units):
             stage = v["stages"][i]
             x = self.unit(stage["first"], x, i + 1, i == 0)
             members = [jax.tree.map(lambda a, j=j: a[j], stage["rest"]) for j in range(depth - 1)]

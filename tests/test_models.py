@@ -9,6 +9,7 @@ comparison of trees covers all that a network changes.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalMemberAccess=false
 
 import functools
+import itertools
 import math
 import re
 from typing import Any
@@ -58,9 +59,11 @@ class Oracle:
     """The networks of the RevNet paper's authors, on the nested dict `v` of a network's arrays.
 
     The methods are given the part of `v` that is theirs, and write into it what training moves.
+    gates has a factor, or False, for each residual function of a RevNet.
     """
 
-    def __init__(self, kind, *, training):
+    def __init__(self, kind, *, training, gates=None):
+        self.gates = itertools.repeat(1.0) if gates is None else iter(gates)
         self.units, self.filters, self.bottleneck, self.large_images, _ = NETWORKS[kind]
         self.reversible = kind.startswith("revnet")
         self.training = training
@@ -97,6 +100,10 @@ class Oracle:
         assert not layers
         return x
 
+    def gated(self, v, x, *how):
+        gate = next(self.gates)
+        return jnp.float64(0) if gate is False else gate * self.residual(v, x, *how)
+
     def shortcut(self, v, x, outputs, stride):
         inputs = x.shape[3]
         if stride == 1 and inputs == outputs:
@@ -118,14 +125,14 @@ class Oracle:
         half = outputs // 2
         if stride == 1 and x.shape[3] == outputs:
             x1, x2 = self.grid(x1), self.grid(x2)
-            y1 = x1 + self.grid(self.residual(v["f"], x2, preactivate=not very_first))
-            y2 = x2 + self.grid(self.residual(v["g"], y1))
+            y1 = x1 + self.grid(self.gated(v["f"], x2, 1, not very_first))
+            y2 = x2 + self.grid(self.gated(v["g"], y1))
             if self.training:
                 v["peak"] = jnp.max(jnp.abs(jnp.stack([x1, x2, y1, y2]))).astype(jnp.float32)
         else:
-            f = self.residual(v["f"], x2, stride, preactivate=not very_first)
+            f = self.gated(v["f"], x2, stride, not very_first)
             y1 = self.shortcut(v.get("shortcut1"), x1, half, stride) + f
-            y2 = self.shortcut(v.get("shortcut2"), x2, half, stride) + self.residual(v["g"], y1)
+            y2 = self.shortcut(v.get("shortcut2"), x2, half, stride) + self.gated(v["g"], y1)
         return jnp.concatenate([y1, y2], 3)
 
     def stage(self, v, x, depth, outputs, stride, first_stage):

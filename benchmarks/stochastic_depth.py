@@ -52,7 +52,8 @@ DEEP = {
 def load_config(name: str, batch: int, p_last: float | None) -> Config:
     """A row of configs/ with another batch size and depth."""
     flags = ["", f"--config={ROOT / name}", f"--config.batch_size={batch}"]
-    values = parse_arguments(flags).config
+    arguments: Any = parse_arguments(flags)
+    values = arguments.config
     if p_last is not None:
         values.model.stochastic_depth.p_last = p_last
     elif "stochastic_depth" in values.model:
@@ -73,7 +74,8 @@ class Step:
         began = time.perf_counter()
         self.compiled = step.lower(self.state, self.images, self.labels).compile()
         self.compile_seconds = time.perf_counter() - began
-        self.temporary_bytes = self.compiled.memory_analysis().temp_size_in_bytes
+        memory: Any = self.compiled.memory_analysis()
+        self.temporary_bytes = memory.temp_size_in_bytes
 
     def __call__(self, number: int) -> float:
         """Seconds of the step of that number, which decides its gates."""

@@ -24,8 +24,8 @@ ROOT = Path(train.__file__).parent
 STEPS = 300
 
 # Small enough to compile in seconds, with a transition and a reversible chain. The grid of 2^-20 is
-# exact up to 16, which the stream passes: the run must say so, once. Some examples are held out, and
-# depth is stochastic, so that whatever is asked of a run is asked of these, too.
+# exact up to 16, which the stream passes: the run must say so, once. Some examples are held out,
+# and depth is stochastic, so that whatever is asked of a run is asked of these, too.
 CONFIG = f"""
 from configs import digits_revnet
 

@@ -23,7 +23,7 @@ from revjax.layers import (
 )
 from revjax.recompute import checkpoint_step
 from revjax.residual import PLACEMENTS, Residual
-from revjax.shortcut import Shortcut, Skip
+from revjax.shortcut import Shortcut, Skip, check_shortcut
 from revjax.stochastic_depth import StochasticDepth, check_stochastic_depth, network_gates
 
 Draws = tuple[jax.Array | None, jax.Array | None]
@@ -164,7 +164,7 @@ class ResNet(nnx.Module):
             raise ValueError(f"placement={placement!r}: give one of {', '.join(PLACEMENTS)}.")
         if conventions not in CONVENTIONS:
             raise ValueError(f"conventions={conventions!r}: give one of {', '.join(CONVENTIONS)}.")
-        shortcut = (Shortcut(shortcut) if isinstance(shortcut, str) else shortcut).checked()
+        shortcut = check_shortcut(shortcut)
         num_classes = integer("num_classes", num_classes)
         self.in_channels = in_channels = integer("in_channels", in_channels)
         self.units = units

@@ -77,6 +77,14 @@ NUMBERS = {
 """The numbers that each kind of shortcut reads, and what they are by default."""
 
 
+def check_shortcut(how: Any) -> Shortcut:
+    """`how`, or the kind that it names, with its numbers; or an error that says what is wrong."""
+    how = Shortcut(how) if isinstance(how, str) else how
+    if not isinstance(how, Shortcut):
+        raise TypeError(f"shortcut={how!r}: give the name of a kind, or revjax.Shortcut(kind).")
+    return how.checked()
+
+
 class PoolAndPad(nnx.Module):
     """The shortcut without parameters: average-pool by the stride, zero-pad the channels evenly."""
 

@@ -320,6 +320,11 @@ def test_what_a_resnet_refuses(options, sentence):
         create_model("resnet32", 10, rngs=nnx.Rngs(0), **options)
 
 
+def test_a_shortcut_is_a_name_or_a_record():
+    with pytest.raises(TypeError, match=r"shortcut=0.5: give the name of a kind"):
+        create_model("resnet32", 10, rngs=nnx.Rngs(0), shortcut=0.5)
+
+
 @pytest.mark.parametrize(
     "options",
     [dict(placement="original"), dict(shortcut="dropout"), dict(conventions="identity_mappings")],

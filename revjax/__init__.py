@@ -17,10 +17,10 @@ from revjax.reversible import rev_block_apply as rev_block_apply
 from revjax.reversible import rev_block_inverse as rev_block_inverse
 from revjax.reversible import rev_chain_apply as rev_chain_apply
 from revjax.reversible import rev_chain_inverse as rev_chain_inverse
-from revjax.revnet import ReversibleChain as ReversibleChain
 from revjax.revnet import RevNet as RevNet
-from revjax.revnet import StreamPeak as StreamPeak
 from revjax.shortcut import Shortcut as Shortcut
+from revjax.stage import ReversibleStage as ReversibleStage
+from revjax.stage import StreamPeak as StreamPeak
 from revjax.stochastic_depth import StochasticDepth as StochasticDepth
 from revjax.stochastic_depth import draw_gates as draw_gates
 from revjax.stochastic_depth import expected_depth as expected_depth

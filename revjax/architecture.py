@@ -6,6 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from revjax.contract import check_backward
+
 
 def integers(name: str, values: Any) -> tuple[int, ...]:
     """`values` as a tuple of positive ints, NumPy's among them, or a ValueError that names them."""
@@ -47,8 +49,7 @@ def check_architecture(
         units and filters as tuples of ints.
     """
     units, filters = integers("units", units), integers("filters", filters)
-    if backward not in ways:
-        raise ValueError(f"backward={backward!r}: give one of {', '.join(ways)}.")
+    check_backward(backward, ways)
     if unroll is not True:
         integer("unroll", unroll)
     if len(filters) != len(units) + 1:

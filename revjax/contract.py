@@ -1,6 +1,6 @@
 """What the residual functions of a chain are given and must return, checked while tracing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -43,6 +43,13 @@ def check_coupling(coupling: Any) -> Coupling:
             f"coupling={coupling!r}: give revjax.additive, revjax.affine or a revjax.Coupling."
         )
     return coupling
+
+
+def check_backward(backward: Any, ways: Sequence[str] = ("reversible", "remat", "store")) -> Any:
+    """Return `backward`, or raise a ValueError unless it is one of the ways."""
+    if backward not in tuple(ways):
+        raise ValueError(f"backward={backward!r}: give one of {', '.join(ways)}.")
+    return backward
 
 
 def chain_blocks(params: PyTree, xs: PyTree, gates: PyTree) -> tuple[int | None, list, list]:

@@ -159,29 +159,36 @@ class Head(nnx.Module):
 def stack(depth: int, make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> Any:
     """`depth` independently initialised modules in one: every array is `[depth, ...]`.
 
-    They are made one after another, so that drawing them takes the memory of one.
+    They are made one after another, so that drawing them takes the memory of one. Each has streams
+    of its own, split from those of rngs.
     """
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
-    keys = jax.random.split(rngs.params(), depth)
-    return nnx.merge(graphdef, jax.lax.map(lambda key: nnx.state(make(nnx.Rngs(params=key))), keys))
+    keys = {name: jax.random.split(stream(), depth) for name, stream in rngs.items()}
+    one = {name: stream[0] for name, stream in keys.items()}
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(**one))))
+    return nnx.merge(graphdef, jax.lax.map(lambda keys: nnx.state(make(nnx.Rngs(**keys))), keys))
+
+
+def split_first(tree: Any) -> tuple[Any, Any]:
+    """The first entry of every leaf, and the others: of the gates `[depth, ...]` of a stage."""
+    return jax.tree.map(lambda leaf: leaf[0], tree), jax.tree.map(lambda leaf: leaf[1:], tree)
 
 
 def pure(module: nnx.Module) -> tuple[Callable, nnx.State, nnx.State]:
     """A module as a pure function and its arguments.
 
     Returns:
-        `(apply, params, statistics)` with `apply(params, statistics, *x) -> (y, statistics)`, the
-        statistics as the call leaves them. Of a module made by `stack`, the states are stacked,
-        and `apply` is the function of one member.
+        `(apply, params, state)` with `apply(params, state, *x) -> (y, state)`; the state is all
+        that the module holds beside parameters, and what is returned of it is as the call leaves
+        it. Of a module made by `stack` both are stacked, and `apply` is the function of one member.
     """
-    graphdef, params, statistics = nnx.split(module, nnx.Param, nnx.BatchStat)
+    graphdef, params, state = nnx.split(module, nnx.Param, ...)
 
-    def apply(params, statistics, *x):
-        module = nnx.merge(graphdef, params, statistics, copy=True)
-        y = module(*x)
-        return y, nnx.state(module, nnx.BatchStat)
+    def apply(params, state, *x, **named):
+        module = nnx.merge(graphdef, params, state, copy=True)
+        y = module(*x, **named)
+        return y, nnx.state(module, nnx.Not(nnx.Param))
 
-    return apply, params, statistics
+    return apply, params, state
 
 
 def call_recomputed(module: nnx.Module, x: Any, *others: Any) -> Any:

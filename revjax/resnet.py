@@ -18,6 +18,7 @@ from revjax.layers import (
     call_gated,
     call_recomputed,
     pure,
+    split_first,
     stack,
     stream_dtype,
 )
@@ -88,7 +89,7 @@ class ResidualStage(nnx.Module):
 
     def __call__(self, x: jax.Array, draws: Draws = (None, None)) -> jax.Array:
         """Apply the units; every leaf of draws is `[depth, ...]`."""
-        first, rest = (jax.tree.map(lambda a, i=i: a[i], draws) for i in (0, slice(1, None)))
+        first, rest = split_first(draws)
         x = call_recomputed(self.first, x, first) if self.remat else self.first(x, first)
         if self.rest is None:
             return x

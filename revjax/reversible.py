@@ -23,7 +23,7 @@ from typing import Any, Literal, TypedDict, Unpack
 import jax
 import jax.numpy as jnp
 
-from revjax.contract import Gates, check_pair
+from revjax.contract import Gates, check_backward, check_pair
 from revjax.coupling import Coupling, additive
 from revjax.gate import run_if
 from revjax.grid import GridBits, stream_bound, stream_peak
@@ -111,7 +111,7 @@ def rev_chain_apply(
             time to compile for each block.
         x: `(x1, x2)`, the two halves of the stream, any pytrees.
         *args: further inputs of every f and g, any pytrees; bind static ones by functools.partial.
-        xs: inputs that differ by block (keys, gates, statistics), any pytree with every leaf
+        xs: inputs that differ by block (keys, statistics), any pytree with every leaf
             `[depth, ...]`; where params is a list, a list with an entry a block.
         gates: which functions run (stochastic depth, Huang et al. 2016): `(for f, for g)`, each
             bool `[depth]`, or None for always; where params is a list, a list of such pairs of
@@ -171,8 +171,7 @@ def apply_chains(
 
     All else is as for `rev_chain_apply`. Returns y, and what each chain has for its aux.
     """
-    if backward not in ("reversible", "remat", "store"):
-        raise ValueError(f'backward={backward!r}: give "reversible", "remat" or "store".')
+    check_backward(backward)
     bits, x, segments, operands = lay_out(chains, x, args, coupling, grid_bits, has_aux)
     track = range_check is not None
     if backward == "reversible" and 0 not in [segment.depth for segment in segments]:

@@ -1,8 +1,7 @@
 """Reversible residual networks (Gomez et al. 2017), as the authors' code has them."""
 
 import itertools
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,133 +11,13 @@ from flax import nnx
 
 from revjax.architecture import check_architecture, check_images, integer
 from revjax.conventions import CONVENTIONS
-from revjax.coupling import additive
 from revjax.grid import DEFAULT_GRID_BITS
-from revjax.layers import Head, Stem, call_gated, call_recomputed, pure, stack
+from revjax.layers import Head, Stem, call_gated, call_recomputed, split_first
 from revjax.residual import Residual
-from revjax.reversible import Backward, Pair, apply_chains, rev_chain_inverse
+from revjax.reversible import Backward, Pair
 from revjax.shortcut import resize
-from revjax.stochastic_depth import (
-    StochasticDepth,
-    apply_gated,
-    check_stochastic_depth,
-    network_gates,
-)
-
-Gates = Any  # of a chain or stage: arrays [depth, ...] for F and for G; (None, None): all run
-
-
-class StreamPeak(nnx.Variable):
-    """The largest |stream| in a chain's last forward pass in training mode: float32 scalar.
-
-    Of chains that run as one, each has the largest of all.
-    """
-
-
-class ReversibleChain(nnx.Module):
-    """`depth` reversible blocks of one kind: `y1 = x1 + F(x2)`, `y2 = x2 + G(y1)`.
-
-    Args:
-        make_f, make_g: a `nnx.Rngs` to a module that keeps the shape of `[B, H, W, C]`; its only
-            variables are parameters and batch statistics.
-        depth: the number of blocks; None for a single block run without `lax.scan`.
-        backward, grid_bits, unroll: as in `rev_chain_apply`.
-        rngs: with a stream "params".
-    """
-
-    def __init__(
-        self,
-        make_f: Callable[[nnx.Rngs], nnx.Module],
-        make_g: Callable[[nnx.Rngs], nnx.Module],
-        depth: int | None,
-        *,
-        backward: Backward,
-        grid_bits: int | None,
-        unroll: int | bool = 1,
-        rngs: nnx.Rngs,
-    ):
-        self.scanned = depth is not None
-        self.f = make_f(rngs) if depth is None else stack(depth, make_f, rngs)
-        self.g = make_g(rngs) if depth is None else stack(depth, make_g, rngs)
-        self.backward: Backward = backward
-        self.grid_bits = grid_bits
-        self.unroll = unroll
-        self.use_running_average = False  # set by train() and eval()
-        self.peak = None if grid_bits is None else StreamPeak(jnp.zeros((), jnp.float32))
-
-    def __call__(self, x: Pair, gates: Gates = (None, None)) -> Pair:
-        """Apply the chain, moving batch statistics in training mode: pair to pair of one shape.
-
-        gates are `(for F, for G)`, each None or `[depth, ...]` as `apply_gated` takes one.
-        """
-        return call_chains([self], x, [gates])
-
-    def inverse(self, y: Pair, gates: Gates = (None, None)) -> Pair:
-        """The input that the chain maps to `y`, with the same gates; statistics do not move.
-
-        In training mode the batch must be the one that gave y: its statistics are used again.
-        """
-        f, g, params, xs, gates = self.pure(gates)
-        options: Any = dict(has_aux=True, grid_bits=self.grid_bits, unroll=self.unroll)
-        return rev_chain_inverse(f, g, params, y, xs=xs, gates=gates, **options)
-
-    def pure(self, gates: Gates) -> tuple[Callable, Callable, Any, Any, Any]:
-        """The chain's f, g, params, xs and gates, as `rev_chain_apply` takes them."""
-        apply_f, params_f, statistics_f = pure(self.f)
-        apply_g, params_g, statistics_g = pure(self.g)
-        drawn = tuple(gate if _is_drawn(gate) else None for gate in gates)
-        factors = tuple(None if _is_drawn(gate) else gate for gate in gates)
-
-        def f(params, x2, xs):
-            statistics, factors = xs
-            return apply_gated(apply_f, factors[0], params, statistics[0], x2)
-
-        def g(params, y1, xs):
-            statistics, factors = xs
-            return apply_gated(apply_g, factors[1], params, statistics[1], y1)
-
-        params, xs = (params_f, params_g), ((statistics_f, statistics_g), factors)
-        return (f, g, params, xs, drawn) if self.scanned else (f, g, [params], [xs], [drawn])
-
-
-def _is_drawn(gate):
-    return gate is not None and gate.dtype == bool
-
-
-def call_chains(chains: list[ReversibleChain], x: Pair, gates: list[Gates]) -> Pair:
-    """Apply chains in turn, as one reversible chain; all have the options of the first."""
-    first = chains[0]
-
-    def record(peak, bound):
-        for chain in chains:
-            if chain.peak is not None:
-                chain.peak[...] = peak
-
-    track = first.peak is not None and not first.use_running_average
-    y, auxes = apply_chains(
-        [chain.pure(own) for chain, own in zip(chains, gates, strict=True)],
-        x,
-        (),
-        coupling=additive,
-        grid_bits=first.grid_bits,
-        has_aux=True,
-        unroll=first.unroll,
-        backward=first.backward,
-        range_check=record if track else None,
-    )
-    for chain, own, aux in zip(chains, gates, auxes, strict=True):
-        for module, gate, statistics in zip(
-            (chain.f, chain.g), own, aux if chain.scanned else aux[0], strict=True
-        ):
-            if _is_drawn(gate):  # the aux of a closed function is zero
-                old = nnx.state(module, nnx.BatchStat)
-                statistics = jax.tree.map(partial(_where_open, gate), statistics, old)
-            nnx.update(module, statistics)
-    return y
-
-
-def _where_open(gate, new, old):
-    return jnp.where(jnp.expand_dims(gate, tuple(range(gate.ndim, new.ndim))), new, old)
+from revjax.stage import ReversibleStage, StageGates, call_stages
+from revjax.stochastic_depth import StochasticDepth, check_stochastic_depth, network_gates
 
 
 class Transition(nnx.Module):
@@ -153,7 +32,7 @@ class Transition(nnx.Module):
         self.shortcut1: Any = resize(inputs, outputs, stride, **kind)
         self.shortcut2: Any = resize(inputs, outputs, stride, **kind)
 
-    def __call__(self, x: Pair, gates: Gates = (None, None)) -> Pair:
+    def __call__(self, x: Pair, gates: StageGates = (None, None)) -> Pair:
         x1, x2 = x
         y1 = self.shortcut1(x1) + call_gated(self.f, gates[0], x2)
         y2 = self.shortcut2(x2) + call_gated(self.g, gates[1], y1)
@@ -191,34 +70,34 @@ class RevStage(nnx.Module):
 
         self.store = backward == "store"
         if stride == 1 and inputs == outputs:
-            self.first = ReversibleChain(first, residual, None, **rule)
+            self.first = ReversibleStage(first, residual, **rule)
         else:
             self.first = Transition(
                 inputs, outputs, stride, preactivate=preactivate, rngs=rngs, **kind
             )
-        self.rest = ReversibleChain(residual, residual, depth - 1, **rule) if depth > 1 else None
+        self.rest = ReversibleStage(residual, residual, depth - 1, **rule) if depth > 1 else None
 
-    def __call__(self, x: Pair, gates: Gates = (None, None)) -> Pair:
+    def __call__(self, x: Pair, gates: StageGates = (None, None)) -> Pair:
         """Apply the units; gates are `(for F, for G)`, each None or `[depth, ...]`."""
-        first, rest = (jax.tree.map(lambda a, i=i: a[i], gates) for i in (0, slice(1, None)))
+        first, rest = split_first(gates)
         chains, own = ([], []) if self.rest is None else ([self.rest], [rest])
-        if isinstance(self.first, ReversibleChain):
+        if isinstance(self.first, ReversibleStage):
             chains, own = [self.first, *chains], [first, *own]
         else:
             x = self.first(x, first) if self.store else call_recomputed(self.first, x, first)
-        return call_chains(chains, x, own) if chains else x
+        return call_stages(chains, x, keys=[None] * len(chains), gates=own) if chains else x
 
-    def inverse(self, y: Pair, gates: Gates = (None, None)) -> Pair:
+    def inverse(self, y: Pair, gates: StageGates = (None, None)) -> Pair:
         """Undo the reversible part: the input of the stage, or of its second unit.
 
         It is the former where the first unit keeps the shape (basic networks, stage 1). In training
         mode the batch must be the one that gave y, and gates, if there are any, those that it was
         given. Statistics do not move.
         """
-        first, rest = (jax.tree.map(lambda a, i=i: a[i], gates) for i in (0, slice(1, None)))
+        first, rest = split_first(gates)
         if self.rest is not None:
-            y = self.rest.inverse(y, rest)
-        return self.first.inverse(y, first) if isinstance(self.first, ReversibleChain) else y
+            y = self.rest.inverse(y, gates=rest)
+        return self.first.inverse(y, gates=first) if isinstance(self.first, ReversibleStage) else y
 
 
 class RevNet(nnx.Module):
@@ -317,7 +196,7 @@ class RevNet(nnx.Module):
             x1, x2 = stage((x1, x2), gates)
         return self.head(jnp.concatenate([x1, x2], axis=-1))
 
-    def gates(self, batch_size: int, key: jax.Array | None = None) -> list[Gates]:
+    def gates(self, batch_size: int, key: jax.Array | None = None) -> list[StageGates]:
         """The gates of each stage, as the stage and its inverse take them.
 
         In training mode they are drawn from key, as a call with the same key draws them; in

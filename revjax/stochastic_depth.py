@@ -156,23 +156,24 @@ def network_gates(
 
 
 def apply_gated(
-    apply: Callable, gate: jax.Array | None, params: PyTree, statistics: PyTree, x: jax.Array
-) -> tuple[jax.Array, PyTree]:
+    apply: Callable, gate: jax.Array | None, params: PyTree, statistics: PyTree, *x: PyTree
+) -> tuple[PyTree, PyTree]:
     """`gate * residual`, and the statistics as the call leaves them.
 
     Args:
-        apply: `(params, statistics, x) -> (residual, statistics)`.
+        apply: `(params, statistics, *x) -> (residual, statistics)`.
         gate: None for one that is open; bool `[]`: where False, nothing runs, the residual is zero
             and the statistics are as they were; floating: a factor, without a gradient.
-        params, statistics, x: what apply takes.
+        params, statistics, *x: what apply takes.
     """
     if gate is None:
-        return apply(params, statistics, x)
+        return apply(params, statistics, *x)
     if gate.dtype != bool:
-        residual, statistics = apply(params, statistics, x)
-        return jax.lax.stop_gradient(gate) * residual, statistics
+        residual, statistics = apply(params, statistics, *x)
+        gate = jax.lax.stop_gradient(gate)
+        return jax.tree.map(lambda r: gate * r, residual), statistics
 
-    def skip(zeros, params, statistics, x):
+    def skip(zeros, params, statistics, *_):
         return zeros[0], statistics
 
-    return run_if(gate, apply, skip, params, statistics, x)
+    return run_if(gate, apply, skip, params, statistics, *x)

@@ -31,7 +31,7 @@ from networks import (
 
 import revjax
 from revjax import (
-    ReversibleChain,
+    ReversibleStage,
     Shortcut,
     StochasticDepth,
     create_model,
@@ -692,11 +692,7 @@ class Shift(nnx.Module):
 def test_a_chain_of_modules_with_gates_of_either_kind():
     """Statistics of any rank stay where closed; F may have factors where G has gates."""
     depth = 3
-    chain = nnx.eval_shape(
-        lambda: ReversibleChain(
-            Shift, Shift, depth, backward="reversible", grid_bits=14, rngs=nnx.Rngs(0)
-        )
-    )
+    chain = nnx.eval_shape(lambda: ReversibleStage(Shift, Shift, depth, rngs=nnx.Rngs(0)))
     w: Any = {"f": np.float32(normal(0, depth, 3)), "g": np.float32(normal(1, depth, 3))}
     x = revjax.round_to_grid((0.5 * ONE, -ONE), 14)
 
@@ -706,8 +702,8 @@ def test_a_chain_of_modules_with_gates_of_either_kind():
         model = with_arrays(
             chain, {"peak": jnp.float32(0)} | {h: {"w": w[h]} | start for h in ("f", "g")}
         )
-        y = model(x, gates)
-        return y, model.inverse(y, gates), nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+        y = model(x, gates=gates)
+        return y, model.inverse(y, gates=gates), nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
     gate, factor = np.array([True, False, True]), np.float32([0.5, 1, 2])
     for gates in ((gate, ~gate), (None, gate), (gate, None), (factor, gate), (gate, factor)):

@@ -10,7 +10,7 @@ from flax import nnx
 
 from revjax.data import dataset_info
 from revjax.models import create_model
-from revjax.revnet import StreamPeak
+from revjax.stage import StreamPeak
 from revjax.training.config import DTYPES, Config
 from revjax.training.errors import ConfigError
 

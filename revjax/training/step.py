@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 
 from revjax.data import Dataset, Normalization, augment, find_normalization, hold_out
-from revjax.revnet import StreamPeak
+from revjax.stage import StreamPeak
 from revjax.training.config import Config, DataConfig
 from revjax.training.state import Abstract, Interval, TrainState
 

@@ -1,8 +1,12 @@
 """revjax: reversible residual networks for JAX."""
 
+from revjax.check import ReversibilityReport as ReversibilityReport
+from revjax.check import check_reversible as check_reversible
 from revjax.coupling import Coupling as Coupling
 from revjax.coupling import additive as additive
 from revjax.coupling import affine as affine
+from revjax.error_growth import Drift as Drift
+from revjax.error_growth import drift as drift
 from revjax.grid import check_in_range as check_in_range
 from revjax.grid import round_to_grid as round_to_grid
 from revjax.grid import stream_bound as stream_bound

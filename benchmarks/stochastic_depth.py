@@ -26,16 +26,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from record import RESULTS, ROOT, environment
 
-from revjax.stochastic_depth import draw_gates, expected_depth, survival_probabilities
+from revjax import RevNet
+from revjax.stochastic_depth import expected_depth, survival_probabilities
 from revjax.training.command_line import parse_arguments
 from revjax.training.config import Config, check_config
 from revjax.training.optimizer import make_optimizer
-from revjax.training.state import abstract_model, draw, initial_state
+from revjax.training.state import abstract_model, build_model, draw, initial_state
 from revjax.training.step import MODEL_STREAM, make_train_step, stream_key
 
-sys.path.insert(0, str(ROOT))  # for what the files of configs/ share
 STOCHASTIC, IDENTITY = "configs/stochastic_depth.py", "configs/identity_mappings.py"
 SAVING = {
     "resnet110": f"{STOCHASTIC}:cifar10_resnet110",
@@ -87,19 +88,30 @@ class Step:
 
     def typical_steps(self, count: int) -> list[int]:
         """The first steps with as many open gates as are expected."""
-        depth, model = self.config.model.stochastic_depth, self.config.model
-        if depth is None:
+        if self.config.model.stochastic_depth is None:
             return list(range(count))
-        probabilities = survival_probabilities(54, depth.p_last, depth.mode)
+        model: Any = nnx.eval_shape(lambda: build_model(self.config))
+        batch = self.config.batch_size
 
         @jax.jit
         def num_open(number):
-            key = stream_key(self.config.seed, MODEL_STREAM, number)
-            key = key if model.name.startswith("revnet") else jax.random.split(key)[0]
-            return draw_gates(key, probabilities).sum()
+            gates = model.gates(batch, stream_key(self.config.seed, MODEL_STREAM, number))
+            return sum(leaf.sum() for leaf in jax.tree.leaves(gates))
 
         opens = np.asarray(jax.vmap(num_open)(np.arange(50 * count)))
-        return np.flatnonzero(opens == round(expected_depth(probabilities)))[:count].tolist()
+        return np.flatnonzero(opens == round(self.expected_depth()))[:count].tolist()
+
+    def num_residuals(self) -> int:
+        """Residual functions of the network, each of which may have a gate."""
+        model: Any = nnx.eval_shape(lambda: build_model(self.config))
+        return sum(model.units) * (2 if isinstance(model, RevNet) else 1)
+
+    def expected_depth(self) -> float:
+        """How many of them run on average."""
+        depth, number = self.config.model.stochastic_depth, self.num_residuals()
+        if depth is None:
+            return number
+        return expected_depth(survival_probabilities(number, depth.p_last, depth.mode))
 
 
 def saving(batch: int, rounds: int) -> dict[str, Any]:
@@ -116,15 +128,15 @@ def saving(batch: int, rounds: int) -> dict[str, Any]:
                     times[p].append(seconds)
         constant = np.median(times[None])
         for p, step in steps.items():
-            expected = expected_depth(survival_probabilities(54, p or 1.0))
-            results[f"{network}, {f'p_L = {p}' if p else 'constant depth'}"] = {
+            label = f"{network}, {f'p_L = {p}' if p else 'constant depth'}"
+            results[label] = {
                 "seconds": float(np.median(times[p])),
                 "quartiles": np.quantile(times[p], [0.25, 0.75]).tolist(),
                 "of_constant": float(np.median(times[p]) / constant),
-                "open": round(expected) / 54,
+                "open": round(step.expected_depth()) / step.num_residuals(),
                 "temporary_bytes": step.temporary_bytes,
             }
-            print(network, p, results[f"{network}, {f'p_L = {p}' if p else 'constant depth'}"])
+            print(label, results[label])
     return results
 
 
@@ -188,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time and memory of stochastic and deep networks.")
     parser.add_argument("studies", nargs="*", help="saving, deep; both by default")
     parser.add_argument("--batch", type=int, help="32 images for saving, 8 for deep")
-    parser.add_argument("--rounds", type=int, default=9, help="steps timed, each way in turn")
+    parser.add_argument("--rounds", type=int, default=13, help="steps timed, each way in turn")
     parser.add_argument("--smoke", action="store_true", help="2 images, a round; records nothing")
     parser.add_argument("--one", choices=DEEP, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

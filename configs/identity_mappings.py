@@ -89,7 +89,7 @@ ROWS: dict[str, dict[str, Any]] = {
         )
         for placement in ("original", "full_preactivation")
     },
-    "resnet1001_batch64": dict(depth="1001", batch_size=64),
+    "resnet1001_batch64": dict(depth="1001", batch_size=64, released=True),
 }
 
 
@@ -109,8 +109,9 @@ def recipe(
     shortcut: dict[str, Any] | None = None,
     data: str = "cifar10",
     batch_size: int = 128,
+    released: bool = False,
 ) -> ConfigDict:
-    """He et al.'s recipe for one of their networks."""
+    """He et al.'s recipe for one of their networks: the paper's, or that of their released code."""
     epoch = 50_000 // batch_size
     config = ConfigDict()
 
@@ -143,9 +144,7 @@ def recipe(
     config.seed = 0
     config.steps = 64_000
     config.batch_size = batch_size
-    if (
-        batch_size == 64
-    ):  # the released code: 200 epochs, a tenth of the rate from epochs 81 and 122 on
+    if released:  # 200 epochs, a tenth of the rate from epochs 81 and 122 on
         config.steps = 200 * epoch
         optim.boundaries = (80 * epoch, 121 * epoch)
 

@@ -1,5 +1,7 @@
 """Which networks there can be: the checks that ResNet and RevNet share."""
 
+import math
+import numbers
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +28,12 @@ def integer(name: str, value: Any) -> int:
         return integers(name, [value])[0]
     except ValueError:
         raise ValueError(f"{name}={value!r}: give a positive integer.") from None
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite real number, NumPy's among them; a bool is none."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return real and math.isfinite(value)
 
 
 def check_architecture(

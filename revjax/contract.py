@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from revjax.coupling import Coupling
 from revjax.grid import round_to_grid
@@ -100,7 +101,9 @@ def _check_gates(gates, rank):
         return None, None
     check_pair("gates", gates, "Give (for f, for g), each bool or None.")
     for gate in gates:
-        if gate is not None and (jnp.result_type(gate) != jnp.bool_ or jnp.ndim(gate) != rank):
+        array = isinstance(gate, bool | np.bool_ | np.ndarray | jax.Array)
+        is_bool = array and jnp.result_type(gate) == jnp.bool_
+        if gate is not None and not (is_bool and jnp.ndim(gate) == rank):
             raise TypeError(
                 f"a gate must be bool{['[]', '[depth]'][rank]} or None, got {describe(gates)}."
             )

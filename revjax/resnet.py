@@ -161,9 +161,9 @@ class ResNet(nnx.Module):
             unroll=unroll,
             ways=("store", "remat"),
         )
-        if placement not in PLACEMENTS:
+        if placement not in tuple(PLACEMENTS):
             raise ValueError(f"placement={placement!r}: give one of {', '.join(PLACEMENTS)}.")
-        if conventions not in CONVENTIONS:
+        if conventions not in tuple(CONVENTIONS):
             raise ValueError(f"conventions={conventions!r}: give one of {', '.join(CONVENTIONS)}.")
         shortcut = check_shortcut(shortcut)
         num_classes = integer("num_classes", num_classes)
@@ -208,27 +208,34 @@ class ResNet(nnx.Module):
             x = stage(x, draws)
         return self.head(x)
 
-    def _draws(self, batch_size, key):
-        """The gates and dropout keys of each stage, `[depth, ...]`."""
-        gate_key = dropout_key = None
-        if key is not None:
-            gate_key, dropout_key = jax.random.split(key)
-        num_units = sum(self.units)
+    def gates(self, batch_size: int, key: jax.Array | None = None) -> list[jax.Array | None]:
+        """The gates of each stage's units, `[depth, ...]`.
+
+        In training mode they are drawn from key, as a call with the same key draws them; in
+        evaluation mode they are survival probabilities; without stochastic depth, None.
+        """
         gates = network_gates(
             self.stochastic_depth,
-            num_units,
+            sum(self.units),
             batch_size,
             self.dtype,
-            key=gate_key,
+            key=None if key is None else jax.random.split(key)[0],
             training=not self.deterministic,
         )
+        return self._by_stage(gates)
+
+    def _by_stage(self, of_units):
+        edges = itertools.pairwise(np.cumsum((0, *self.units)))
+        return [None if of_units is None else of_units[i:j] for i, j in edges]
+
+    def _draws(self, batch_size, key):
+        """The gates and dropout keys of each stage, `[depth, ...]`."""
         keys = None
         if self.dropout and not self.deterministic:
-            if dropout_key is None:
+            if key is None:
                 raise ValueError(
                     "dropout on the shortcuts draws from a key: call "
                     "model(images, key=jax.random.key(step)), or model.eval() first."
                 )
-            keys = jax.random.split(dropout_key, num_units)
-        for i, j in itertools.pairwise(np.cumsum((0, *self.units))):
-            yield jax.tree.map(lambda a, own=slice(i, j): a[own], (gates, keys))
+            keys = jax.random.split(jax.random.split(key)[1], sum(self.units))
+        return zip(self.gates(batch_size, key), self._by_stage(keys), strict=True)

@@ -1,7 +1,6 @@
 """Shortcuts: the way around a residual function, and what is done to the stream on it."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from revjax.architecture import is_number
 from revjax.layers import Activation, Conv, stream_dtype
 from revjax.residual import PLACEMENTS
 
@@ -50,7 +50,7 @@ class Shortcut:
 
     def checked(self) -> "Shortcut":
         """This with defaults filled in, or a ValueError that says what is wrong with it."""
-        if self.kind not in NUMBERS:
+        if self.kind not in tuple(NUMBERS):
             raise ValueError(f"shortcut kind {self.kind!r}: give one of {', '.join(NUMBERS)}.")
         read = NUMBERS[self.kind]
         for name, value in dataclasses.asdict(self).items():
@@ -58,7 +58,7 @@ class Shortcut:
                 continue
             if name not in read:
                 raise ValueError(f"shortcut {name}={value!r}: {self.kind} does not read it.")
-            if not isinstance(value, int | float) or not math.isfinite(value):
+            if not is_number(value):
                 raise ValueError(f"shortcut {name}={value!r}: give a finite number.")
         if self.rate is not None and not 0 <= self.rate < 1:
             raise ValueError(f"shortcut rate={self.rate!r}: give a number from 0 to below 1.")

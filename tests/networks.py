@@ -75,4 +75,4 @@ def relative_error(got, due) -> float:
         return np.linalg.norm(got - due) / np.linalg.norm(due)
 
     got, due = jax.device_get((got, due))
-    return max(jax.tree.leaves(jax.tree.map(error, got, due)))
+    return float(np.max(jax.tree.leaves(jax.tree.map(error, got, due))))  # NaN, if one is

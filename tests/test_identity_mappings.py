@@ -307,6 +307,9 @@ def test_initialisation(conventions):
     "options, sentence",
     [
         (dict(placement="middle"), "placement='middle': give one of original, "),
+        (dict(placement=["original"]), r"placement=\['original'\]: give one of original, "),
+        (dict(shortcut=Shortcut(["dropout"])), r"shortcut kind \['dropout'\]: give one of"),
+        (dict(shortcut=Shortcut("dropout", rate=True)), "shortcut rate=True: give a finite"),
         (dict(shortcut="gating"), "shortcut kind 'gating': give one of identity, "),
         (dict(shortcut=Shortcut("identity", rate=0.5)), "rate=0.5: identity does not read it"),
         (dict(shortcut=Shortcut("dropout", rate=1.0)), "rate=1.0: give a number from 0 to below 1"),

@@ -12,6 +12,8 @@ import pytest
 
 import train
 from revjax.data import HOLD_OUT_SIZES
+from revjax.residual import PLACEMENTS
+from revjax.shortcut import NUMBERS as SHORTCUTS
 from revjax.training.command_line import Arguments, parse_arguments
 from revjax.training.config import (
     Config,
@@ -21,10 +23,12 @@ from revjax.training.config import (
     check_config,
 )
 from revjax.training.errors import ConfigError
+from revjax.training.state import abstract_model
 
 ROOT = Path(train.__file__).parent
 DIGITS = f"--config={ROOT}/configs/digits_revnet.py"
 CIFAR = f"--config={ROOT}/configs/cifar10_revnet38.py"
+VARIANTS = f"--config={ROOT}/configs/digits_resnet.py"
 RESNET = f"--config={ROOT}/configs/cifar100_resnet32.py"
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*_*.py"))
 TABLES = ("identity_mappings", "stochastic_depth")  # whose rows are configs
@@ -83,8 +87,18 @@ def refused(monkeypatch, tmp_path, capsys):
         ([DIGITS, "--config.model.name=revnet39"], "config.model.name is 'revnet39'"),
         ([DIGITS, "--config.model.name=revnet38"], "config.model.units"),
         ([DIGITS, "--config.model.dtype=float16"], "config.model.dtype is 'float16'"),
-        ([DIGITS, "--config.model.backward=forward"], "forward"),
-        ([RESNET, "--config.model.backward=reversible"], "reversible"),
+        ([DIGITS, "--config.model.backward=forward"], "one of reversible, remat, store is due"),
+        ([RESNET, "--config.model.backward=reversible"], "one of remat, store is due"),
+        ([VARIANTS, "--config.model.conventions=ours"], "config.model.conventions is 'ours'; one"),
+        ([f"{VARIANTS}:original", "--config.model.placement=x"], "config.model.placement is 'x'"),
+        (
+            [f"{VARIANTS}:dropout", "--config.model.shortcut.rate=1.5"],
+            "config.model.shortcut: shortcut rate=1.5",
+        ),
+        (
+            [f"{VARIANTS}:drop_path", "--config.model.stochastic_depth.p_last=0.0"],
+            "config.model.stochastic_depth: p_last=0.0",
+        ),
         # numbers
         ([DIGITS, "--config.steps=0"], "config.steps is 0"),
         ([DIGITS, "--config.steps=-5"], "config.steps is -5"),
@@ -287,17 +301,46 @@ def test_row_is_valid(row):
     arguments = parse(f"--config={ROOT}/configs/{file}.py:{name}")
     config = check_config(arguments.config)
     assert arguments.workdir == Path("runs") / f"{file}-{name}"
-    if file not in TABLES:
+    model, parts = config.model, name.split("_", 1)
+    if file == "digits_resnet" or name in ("resnet110_original", "cifar10_revnet110"):
+        assert abstract_model(config).num_parameters > 10_000
+    if file == "digits_resnet":
+        assert config.data.name == "digits"
+        placement = name if name in PLACEMENTS else model.placement
+        kind = name if name in SHORTCUTS else None
+        assert model.placement == placement
+        assert (model.shortcut and model.shortcut.kind) == kind
+        assert (model.stochastic_depth is not None) == name.endswith(("_depth", "drop_path"))
         return
-    optim, model, data = config.optim, config.model, config.data
+    optim, data = config.optim, config.data
     assert (optim.learning_rate, optim.decay_factor, optim.momentum) == (0.1, 0.1, 0.9)
     assert (optim.weight_decay, optim.decay, optim.nesterov) == (1e-4, "all", True)
     if file == "identity_mappings":
         assert (data.padding, data.flip, data.validation) == (4, True, 0)
         assert (optim.warmup_steps, optim.warmup_rate) == (400, 0.01)
-        if config.batch_size == 128:
-            assert (config.steps, optim.boundaries) == (64_000, (32_000, 48_000))
+        due = (128, 64_000, (32_000, 48_000))
+        if name == "resnet1001_batch64":
+            due = (64, 200 * 781, (80 * 781, 121 * 781))
+        assert (config.batch_size, config.steps, optim.boundaries) == due
+        assert data.name == (parts[0] if parts[0].startswith("cifar") else "cifar10")
+        kinds = [kind for kind in SHORTCUTS if name.startswith((kind, f"shortcut_{kind}"))]
+        how = model.shortcut
+        assert how is not None
+        if name.startswith("shortcut_constant"):
+            numbers = tuple(float(number) for number in name.split("_")[2:])
+            assert (how.kind, how.scale, how.branch_scale) == ("constant_scaling", *numbers)
+        elif kinds:
+            assert how.kind == kinds[0]
+            if name[-1].isdigit():
+                assert how.gate_bias == float(name.rpartition("_")[2])
+        else:
+            assert how.kind == "identity"
+            placements = [placement for placement in PLACEMENTS if name.endswith(placement)]
+            assert model.placement == (placements or ["full_preactivation"])[0]
+            depth = re.findall(r"resnet(\d+)", name)[0]
+            assert model.name.endswith(f"resnet{depth}")
         return
+    assert data.name == {"svhn": "svhn_cropped+extra"}.get(parts[0], parts[0])
     epochs, drops = (50, (30, 35)) if data.name.startswith("svhn") else (500, (250, 375))
     left = 604_388 - 6_000 if data.name.startswith("svhn") else 45_000
     assert config.steps == epochs * (left // 128)

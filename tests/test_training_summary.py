@@ -48,6 +48,13 @@ def test_the_best_is_by_validation_alone(accuracies, step, test_accuracy):
     }
 
 
+def test_a_step_without_a_test_row_is_not_the_best():
+    """As where a run ended at a step of its own, stopped between the two, and then went on."""
+    rows = rows_of((0.5, 0.25), (1.0, 0.75), (0.625, 0.5))
+    del rows[3]
+    assert best_validation(rows)["step"] == 3000
+
+
 def test_the_table_has_the_best_where_there_is_one():
     best = best_validation(rows_of((0.5, 0.25), (0.75, 0.5)))
     lines = [" ".join(line.split()) for line in summary_table(SUMMARY).splitlines()]

@@ -3,7 +3,8 @@
 import numpy as np
 
 # The sets whose rule also says how many: of SVHN, 400 of each digit of `train`, 200 of `extra`.
-HOLD_OUT_SIZES = {"svhn_cropped+extra": 10 * (400 + 200)}
+_SVHN_QUOTAS = {"train": 400, "extra": 200}
+HOLD_OUT_SIZES = {"svhn_cropped+extra": 10 * sum(_SVHN_QUOTAS.values())}
 
 _SVHN_TRAIN_SIZE = 73_257  # `extra` comes after them
 # A seed and an epoch, as in the order of examples, which no run follows this far.
@@ -50,7 +51,7 @@ def hold_out(name: str, labels: np.ndarray, number: int) -> np.ndarray:
         extra = np.arange(len(labels)) >= _SVHN_TRAIN_SIZE
         groups = [
             (np.flatnonzero((labels == digit) & (extra == is_extra)), quota)
-            for is_extra, quota in ((False, 400), (True, 200))
+            for is_extra, quota in enumerate(_SVHN_QUOTAS.values())
             for digit in range(10)
         ]
     held_out = np.zeros(len(labels), bool)

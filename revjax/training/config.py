@@ -15,8 +15,10 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from revjax.conventions import CONVENTIONS
 from revjax.data import HOLD_OUT_SIZES, NORMALIZATIONS, DataError, dataset_info
 from revjax.models import list_models
+from revjax.residual import PLACEMENTS
 from revjax.shortcut import Shortcut
 from revjax.stochastic_depth import StochasticDepth
 from revjax.training.errors import ConfigError
@@ -51,9 +53,7 @@ class ModelConfig:
     units: tuple[int, ...] | None = None  # the generic names only: units of each stage
     filters: tuple[int, ...] | None = None  # the same: the stem's width, then each stage's
     bottleneck: bool | None = None  # the same
-    placement: str | None = (
-        None  # ResNets only, and the next two, see ResNet; None: the model's own
-    )
+    placement: str | None = None  # ResNets only, as the next two; None: the model's own
     shortcut: Shortcut | None = None
     conventions: str | None = None
     stochastic_depth: StochasticDepth | None = None  # None: constant depth
@@ -139,6 +139,19 @@ def check_config(values: ConfigDict) -> Config:
     require(model.dtype in DTYPES, "model.dtype", f"one of {', '.join(DTYPES)}")
     bits = model.grid_bits
     require(bits is None or 0 <= bits <= 23, "model.grid_bits", "None or a number from 0 to 23")
+
+    # What the network is made of; what remains is for the network itself to refuse.
+    ways = ("reversible", "remat", "store")[not model.name.startswith("rev") :]
+    require(model.backward in ways, "model.backward", f"one of {', '.join(ways)}")
+    for key, known in (("placement", PLACEMENTS), ("conventions", CONVENTIONS)):
+        fits = getattr(model, key) in (None, *known)
+        require(fits, f"model.{key}", f"one of {', '.join(known)}")
+    for key in ("shortcut", "stochastic_depth"):
+        how = getattr(model, key)
+        try:
+            _ = how and how.checked()
+        except ValueError as error:
+            raise ConfigError(f"config.model.{key}: {error}") from error
 
     # Numbers; a comparison with NaN does not hold.
     for key in ("batch_size", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):

@@ -26,15 +26,18 @@ def versions() -> dict[str, str]:
 def best_validation(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the step of the largest validation accuracy, the earliest of several, and its results.
 
+    Only steps that have a row of the test set, too, count: a run that was stopped between the two,
+    and then given more steps, has one without.
+
     It is what Huang et al. 2016 report: the test error where the validation error is smallest.
 
     Args:
         rows: of a run with validation, as `revjax.training.metrics.read_rows` returns them.
     """
-    validations = [row for row in rows if row["split"] == "validation"]
+    tests = {row["step"]: row["accuracy"] for row in rows if row["split"] == "test"}
+    validations = [row for row in rows if row["split"] == "validation" and row["step"] in tests]
     best = max(validations, key=lambda row: (row["accuracy"], -row["step"]))
-    at = (row for row in rows if (row["split"], row["step"]) == ("test", best["step"]))
-    accuracy = next(at)["accuracy"]
+    accuracy = tests[best["step"]]
     return {
         "step": best["step"],
         "validation_accuracy": best["accuracy"],

@@ -1,12 +1,14 @@
 # make train    train the digits RevNet; flags of train.py: make train ARGS="--config.steps=100"
 # make test     run the tests; flags of pytest: make test ARGS="-k coupling"
 # make bench    time the ways to a gradient, which is long; see benchmarks/speed.py
+# make docs     build the documentation into site/; any warning is an error
 # make lint     ruff and pyright
 # make format   let ruff rewrite what it can
 # make clean    remove the environments and what the tools left behind; training runs stay
 #
 # Each first makes its environment, once: .venv, or, with PYTHON=python3.12, .venv-python3.12.
 
+comma := ,
 VENV := .venv$(if $(PYTHON),-$(notdir $(PYTHON)))
 RUN := $(VENV)/bin/python
 # Tests run side by side; ARGS="-n 0" runs them in one process, for a debugger.
@@ -14,7 +16,7 @@ PYTEST := $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 CORE := tests/test_coupling.py tests/test_reversible.py tests/test_conv.py tests/test_models.py \
 	tests/test_recompute.py
 
-.PHONY: help train test test-core bench environment lint format clean interpreter
+.PHONY: help train test test-core bench docs environment lint format clean interpreter
 .NOTPARALLEL:
 
 help:
@@ -33,6 +35,12 @@ test-core: $(VENV)/test.stamp
 bench: $(VENV)/test.stamp
 	$(RUN) benchmarks/speed.py $(ARGS)
 
+# Not with --quiet, under which mkdocs counts no warning. The variable is for the theme's own, which says
+# that mkdocs has no future; pyproject.toml has more.
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build $(ARGS)
+	@echo "open site/index.html"
+
 # What the others make first, alone.
 environment: $(VENV)/test.stamp
 
@@ -46,7 +54,7 @@ format: $(VENV)/test.stamp
 	$(RUN) -m ruff format
 
 clean:
-	rm -rf .venv .venv-* build dist .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* build dist site .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Prints the interpreter for a new environment. A name on the PATH may be a pyenv shim, which fails
@@ -83,3 +91,7 @@ $(VENV)/train.stamp: pyproject.toml
 $(VENV)/test.stamp: pyproject.toml
 	$(call install,.[test])
 	@touch $(VENV)/train.stamp $@
+
+$(VENV)/docs.stamp: pyproject.toml
+	$(call install,.[test$(comma)docs])
+	@touch $(VENV)/train.stamp $(VENV)/test.stamp $@

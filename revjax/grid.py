@@ -107,6 +107,9 @@ def stream_bound(grid_bits: int | None, dtype: Any = jnp.float32) -> float:
     Returns:
         `2**(24 - k)` for float32, `2**(53 - k)` for float64, infinity without a grid.
 
+    Raises:
+        ValueError: the dtype is not one of floats.
+
     Example:
         >>> stream_bound(14)
         1024.0
@@ -118,7 +121,7 @@ def stream_peak(stream: PyTree) -> jax.Array:
     """The largest magnitude in a pytree: a float32 scalar, without gradient.
 
     NaN where the stream holds one; 0 where it has no floating leaf. A float64 value beyond the
-    range of float32 counts as infinite.
+    range of float32 counts as infinite. Raises nothing.
 
     Example:
         >>> print(stream_peak((jnp.array([1.0, -3.0]), jnp.array([2.0]))))
@@ -138,6 +141,12 @@ _OUT_OF_RANGE = (
 def warn_out_of_range(peak: jax.Array, bound: float) -> None:
     """A `range_check` that prints a sentence when |stream| passes its bound; works under jit.
 
+    Raises nothing: `check_in_range` does.
+
+    Args:
+        peak: the largest |stream|, float32 `[]`, traced or not.
+        bound: what `stream_bound` says.
+
     Example:
         >>> warn_out_of_range(jnp.float32(1000), stream_bound(14))  # within: silent
     """
@@ -151,6 +160,15 @@ def warn_out_of_range(peak: jax.Array, bound: float) -> None:
 
 def check_in_range(peak: jax.Array, bound: float) -> None:
     """A `range_check` that is a `checkify.check`: the caller is wrapped in `checkify.checkify`.
+
+    Args:
+        peak: the largest |stream|, float32 `[]`, traced or not.
+        bound: what `stream_bound` says.
+
+    Raises:
+        checkify.JaxRuntimeError: |stream| passes its bound; from a wrapped caller, by the `throw`
+            of the error that it returns.
+        ValueError: the caller is compiled, and not wrapped.
 
     Example:
         >>> from jax.experimental.checkify import checkify

@@ -54,7 +54,7 @@ ARCHITECTURES = {
 
 
 def list_models() -> list[str]:
-    """The names that `create_model` knows the architecture of.
+    """The names that `create_model` knows the architecture of. Raises nothing.
 
     Example:
         >>> "revnet110" in list_models()
@@ -81,7 +81,7 @@ def create_model(
     conventions: str | None = None,
     stochastic_depth: StochasticDepth | None = None,
 ) -> ResNet | RevNet:
-    """Make a network by name.
+    """Make a network of Gomez et al. 2017, He et al. 2016 or Huang et al. 2016 by name.
 
     The networks for ImageNet (resnet50, 101, 152, 200; revnet56, 104) take images of 224x224, or of
     any sides. The others take those of CIFAR, 32x32, or of any sides that two halvings divide.
@@ -104,7 +104,7 @@ def create_model(
         stochastic_depth: see `ResNet` and `RevNet`; None is constant depth.
 
     Returns:
-        The network, in training mode: `model(images [B, H, W, in_channels])` gives logits
+        The network, in training mode. `model(images [B, H, W, in_channels])` gives logits
         `[B, num_classes]` and moves the batch statistics; `model.eval()` uses the averages. With
         stochastic depth or dropout it is `model(images, key=jax.random.key(step))` in training.
 

@@ -133,6 +133,16 @@ class ResNet(nnx.Module):
         dtype: what convolutions compute in; the stream, statistics and parameters are float32, or
             float64 where dtype is.
         rngs: with a stream "params".
+
+    Raises:
+        ValueError, TypeError: an argument that no network can have; or, when it is called, images
+            that are not `[B, H, W, in_channels]`, or a missing key.
+
+    Example:
+        >>> options = dict(placement="original", shortcut="convolution", rngs=nnx.Rngs(0))
+        >>> model = revjax.ResNet(units=(1,), filters=(8, 8), num_classes=10, **options)
+        >>> model(jnp.zeros((2, 8, 8, 3))).shape  # [B, H, W, C] to [B, num_classes]
+        (2, 10)
     """
 
     def __init__(

@@ -47,7 +47,7 @@ class BlockOptions(TypedDict, total=False):
 def rev_block_apply(
     f: Callable, g: Callable, params: Pair, x: Pair, *args: PyTree, **options: Unpack[BlockOptions]
 ) -> Any:
-    """Apply one reversible block.
+    """Apply one reversible block (Gomez et al. 2017, eq. 6).
 
     Args:
         f, g, params, x, *args: as for `rev_chain_apply`, without the leading axis.
@@ -71,7 +71,22 @@ def rev_block_apply(
 def rev_block_inverse(
     f: Callable, g: Callable, params: Pair, y: Pair, *args: PyTree, **options: Unpack[BlockOptions]
 ) -> Pair:
-    """Recover x from `y = rev_block_apply(f, g, params, x, *args)`, as `rev_chain_inverse` does."""
+    """Recover x from `y = rev_block_apply(f, g, params, x, *args)` (Gomez et al. 2017, eq. 7).
+
+    Args:
+        f, g, params, y, *args: as for `rev_chain_inverse`, without the leading axis.
+        **options: coupling, grid_bits, has_aux, gates, as `rev_block_apply` was given them.
+
+    Returns:
+        `x = (x1, x2)`, like y. Raises what `rev_chain_apply` raises.
+
+    Example:
+        >>> def dense(w, x): return jnp.tanh(x @ w)
+        >>> y, params = (jnp.ones((2, 3)), jnp.ones((2, 3))), (jnp.eye(3), jnp.eye(3))
+        >>> x = rev_block_inverse(dense, dense, params, y)
+        >>> print(rev_block_apply(dense, dense, params, x)[0][0])
+        [1. 1. 1.]
+    """
     blocks = [check_pair("params", params)]
     return rev_chain_inverse(f, g, blocks, y, *args, **_of_chain(options))
 
@@ -97,6 +112,9 @@ def rev_chain_apply(
     range_check: Callable[[jax.Array, float], object] | None = None,
 ) -> Any:
     """Apply a chain of reversible blocks, whose gradient needs the activations of one block only.
+
+    A block is eq. 6 of Gomez et al. 2017, its gradient their algorithm 1; gates are those of Huang
+    et al. 2016.
 
     f and g must be pure, and give the same bits for the same inputs: randomness comes from keys in
     args or xs. Traced values that they close over get their gradients. Integer and PRNG-key leaves
@@ -203,8 +221,9 @@ def rev_chain_inverse(
 ) -> Pair:
     """Recover x from `y = rev_chain_apply(f, g, params, x, *args, xs=xs, gates=gates)`.
 
-    On the grid it is bit for bit x rounded to the grid; off it, x up to an error that grows with
-    depth. Differentiable in both modes, with stored activations.
+    The blocks are inverted from the last to the first (Gomez et al. 2017, eq. 7). On the grid it is
+    bit for bit x rounded to the grid; off it, x up to an error that grows with depth.
+    Differentiable in both modes, with stored activations.
 
     Args:
         f, g, params, y, *args, xs, gates: what `rev_chain_apply` was given and returned.
@@ -212,6 +231,13 @@ def rev_chain_inverse(
 
     Returns:
         `x = (x1, x2)`, of y's structure, shapes and dtypes. Raises what `rev_chain_apply` raises.
+
+    Example:
+        >>> def dense(w, x): return jnp.tanh(x @ w)
+        >>> y, w = (jnp.ones((2, 3)), jnp.ones((2, 3))), 0.1 * jnp.ones((5, 3, 3))
+        >>> x = rev_chain_inverse(dense, dense, (w, w), y)
+        >>> print(rev_chain_apply(dense, dense, (w, w), x)[0][0])
+        [1. 1. 1.]
     """
     chain = f, g, params, xs, gates
     _, y, segments, operands = lay_out([chain], y, args, coupling, grid_bits, has_aux)

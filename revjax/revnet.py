@@ -128,6 +128,20 @@ class RevNet(nnx.Module):
         dtype: what convolutions compute in; the stream, statistics and parameters are float32, or
             float64 where dtype is.
         rngs: with a stream "params".
+
+    Raises:
+        ValueError, TypeError: an argument that no network can have; or, when it is called, images
+            that are not `[B, H, W, in_channels]`, or a missing key.
+
+    Example:
+        >>> options = dict(filters=(8, 8), num_classes=10, rngs=nnx.Rngs(0))
+        >>> model = revjax.RevNet(units=(2,), **options)
+        >>> model.eval()
+        >>> model(jnp.zeros((2, 8, 8, 3))).shape  # [B, H, W, C] to [B, num_classes]
+        (2, 10)
+        >>> y = model.stages[0]((jnp.ones((2, 8, 8, 4)), jnp.ones((2, 8, 8, 4))))
+        >>> print(model.stages[0].inverse(y)[0][0, 0, 0])
+        [1. 1. 1. 1.]
     """
 
     def __init__(

@@ -35,7 +35,8 @@ class Shortcut:
         rate: the share of the stream's elements that dropout sets to zero, without scaling the
             rest (section 3.1: a scale of 1 - rate in expectation); by default 0.5.
 
-    Numbers that the kind does not read must be left out.
+    Numbers that the kind does not read must be left out: `checked`, and with it `ResNet`, raises a
+    ValueError that names them, and one for a kind that there is not.
 
     Example:
         >>> Shortcut("exclusive_gating", gate_bias=-7.0).checked()

@@ -23,7 +23,9 @@ from revjax.trees import PyTree
 
 @dataclasses.dataclass(frozen=True)
 class StochasticDepth:
-    """How deep a network is in training, for `ResNet` and `RevNet`.
+    """How deep a network is in training (Huang et al. 2016), for `ResNet` and `RevNet`.
+
+    These raise a ValueError for a probability, a mode or a granularity that there is not.
 
     Attributes:
         p_last: the survival probability of the last residual function, p_L.
@@ -32,6 +34,13 @@ class StochasticDepth:
         granularity: "batch" draws one gate a residual function for the whole batch, as in the
             paper. "sample" draws one for each image and divides what is left by p_l, so that
             evaluation has no factor; it is known as drop path, and saves no time.
+
+    Example:
+        >>> options = dict(units=(2,), filters=(8, 8), rngs=nnx.Rngs(0))
+        >>> depth = revjax.StochasticDepth(p_last=0.5)
+        >>> model = revjax.create_model("revnet", 10, stochastic_depth=depth, **options)
+        >>> model(jnp.zeros((2, 8, 8, 3)), key=jax.random.key(0)).shape
+        (2, 10)
     """
 
     p_last: float = 0.5
@@ -81,6 +90,9 @@ def expected_depth(probabilities: Sequence[float] | np.ndarray) -> float:
     Args:
         probabilities: `[L]`, from `survival_probabilities`.
 
+    Returns:
+        Their sum, a float. Raises nothing but what a sum raises.
+
     Example:
         >>> expected_depth(survival_probabilities(54, 0.5))  # ResNet-110: (3 L - 1) / 4
         40.25
@@ -94,7 +106,7 @@ def draw_gates(
     batch_size: int | None = None,
     dtype: Any = jnp.float32,
 ) -> jax.Array:
-    """Draw the gates of one training step.
+    """Draw the gates of one training step (Huang et al. 2016, section 3).
 
     Args:
         key: a PRNG key.
@@ -104,6 +116,9 @@ def draw_gates(
 
     Returns:
         bool `[L]`, True where open; or, by images, `[L, batch_size, 1, 1, 1]`, zero or 1 / p_l.
+
+    Raises:
+        TypeError: key is none, or dtype is not a floating one.
 
     Example:
         >>> draw_gates(jax.random.key(0), [1.0, 1.0]).tolist()

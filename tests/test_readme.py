@@ -1,9 +1,10 @@
-"""The README's claims: its Python runs as pasted, its table of models and its links hold."""
+"""The README and the pages: their Python runs as pasted, tables of models and links hold."""
 
 import re
 from pathlib import Path
 
 import jax
+import pytest
 from test_models import PARAMETERS
 
 import revjax
@@ -11,18 +12,33 @@ from revjax import models
 
 ROOT = Path(revjax.__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ROWS = re.findall(
     r"^\| (\w*re[sv]net\d+) \| ([\d, ]+) \| ([\d,]+)(?: / ([\d,]+))? \|", README, re.M
 )
 
 
+def python_of(page):
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def unoptimised():
+    """Programs that run once are compiled without LLVM's optimisations, which saves a minute."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if python_of(page)], ids=lambda page: page.name
+)
 @jax.numpy_dtype_promotion("standard")  # as readers have it
 @jax.numpy_rank_promotion("allow")
-def test_python_prints_what_its_comments_say(capsys):
+def test_python_prints_what_its_comments_say(page, unoptimised, capsys):
     namespace = {}  # one for all blocks: some go on from the one before
-    for block in BLOCKS:
-        exec(compile(block, "README.md", "exec"), namespace)
+    for block in python_of(page):
+        exec(compile(block, page.name, "exec"), namespace)
         due = re.findall(r"^print\(.*\)  # (.*)$", block, re.MULTILINE)
         assert due
         assert capsys.readouterr().out.splitlines() == due
@@ -40,7 +56,12 @@ def test_table_of_models():
         assert units == ", ".join(map(str, models.ARCHITECTURES[name].units))
 
 
-def test_links_lead_to_files():
-    links = re.findall(r"\]\((?!https://|#)([^)]+)\)", README)
-    assert len(links) > 3
-    assert [link for link in links if not (ROOT / link).is_file()] == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    """In the repository; `make docs` holds those of the site, and anchors."""
+    links = re.findall(r"\]\((?!https://|#)([^)#]+)", page.read_text())
+    assert [link for link in links if not (page.parent / link).is_file()] == []
+
+
+def test_links_are_found():
+    assert len(re.findall(r"\]\((?!https://|#)([^)#]+)", README)) > 3

@@ -12,14 +12,29 @@ from revjax.memory.target import find_device
 
 
 class MemoryReport(NamedTuple):
-    """What a compiled function needs. Bytes are those of one device."""
+    """What a compiled function needs. Bytes are those of one device.
 
-    temporary_bytes: int  # beside arguments and results: activations, mostly
+    Attributes:
+        temporary_bytes: beside arguments and results: activations, mostly.
+        argument_bytes: of all arguments.
+        output_bytes: of the results, the part that takes donated arguments' place included.
+        peak_bytes: the most that the program holds at once, all of the above included.
+        operations: of matrix products and convolutions as traced, loops multiplied out.
+        compile_seconds: tracing included.
+
+    Example:
+        >>> x = jax.ShapeDtypeStruct((1000,), jnp.float32)
+        >>> report: revjax.MemoryReport = revjax.memory_report(jnp.sum, x)
+        >>> report.argument_bytes, report.output_bytes
+        (4000, 4)
+    """
+
+    temporary_bytes: int
     argument_bytes: int
-    output_bytes: int  # the part that takes donated arguments' place included
-    peak_bytes: int  # the most that the program holds at once, all of the above included
-    operations: int  # of matrix products and convolutions as traced, loops multiplied out
-    compile_seconds: float  # tracing included
+    output_bytes: int
+    peak_bytes: int
+    operations: int
+    compile_seconds: float
 
 
 def memory_report(

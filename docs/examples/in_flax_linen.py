@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 import revjax
 
 WIDTH, DEPTH, RATE = 32, 8, 0.1  # of each half of the stream; blocks of the chain; dropout's
-OPTIMIZER = optax.adam(3e-3)
+OPTIMIZER = optax.sgd(0.03, momentum=0.9)
 
 
 class Residual(nn.Module):

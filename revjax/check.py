@@ -27,8 +27,9 @@ class ReversibilityReport:
     Example:
         >>> def dense(w, x): return jnp.tanh(x @ w)
         >>> w, x = 0.1 * jnp.ones((10, 3, 3)), (jnp.ones((2, 3)), jnp.ones((2, 3)))
-        >>> check_reversible(dense, dense, (w, w), x).ok
-        True
+        >>> report = check_reversible(dense, dense, (w, w), x)
+        >>> isinstance(report, ReversibilityReport), report.ok, report.stream_bound
+        (True, True, 1024.0)
     """
 
     depth: int

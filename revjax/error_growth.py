@@ -1,5 +1,6 @@
 """How the errors of reconstruction grow with depth, by dtype and grid: as a table and a plot."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 
 from revjax.architecture import integers
 from revjax.check import largest_difference, normal_like, relative_error
+from revjax.contract import chain_blocks
 from revjax.grid import round_to_grid
 from revjax.reversible import Pair, rev_chain_apply, rev_chain_inverse
 from revjax.trees import PyTree, is_inexact, vjp
@@ -66,6 +68,8 @@ class Drift(NamedTuple):
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw the two errors against depth; an error of zero lies on the lower edge.
 
+        One that is infinite or NaN is left out, and leaves a gap in its line.
+
         Args:
             path: of the image to write; None writes none.
 
@@ -82,19 +86,20 @@ class Drift(NamedTuple):
             for i, (label, rows) in enumerate(lines):
                 axes.plot(
                     [row.depth for row in rows],
-                    [getattr(row, measure) for row in rows],
+                    [_or_gap(getattr(row, measure)) for row in rows],
                     "s--" if rows[0].grid_bits is None else "o-",
                     color=COLOURS[i % len(COLOURS)],
                     label=label,
                     clip_on=False,  # zeros lie on the axis
                     markersize=3 + 1.5 * (len(lines) - i),  # those below show
                 )
+            errors = [error for error in errors if math.isfinite(error)]  # the rest has no place
             smallest = min((error for error in errors if error > 0), default=1e-7)
             axes.set_xscale("log")
             axes.set_yscale(
                 "symlog", linthresh=10 ** math.floor(math.log10(smallest)), linscale=0.5
             )
-            axes.set_ylim(0, 3 * max(*errors, smallest))
+            axes.set_ylim(0, 3 * max([*errors, smallest]))
             axes.set_xticks(depths, [str(depth) for depth in depths])
             axes.minorticks_off()
             axes.set(xlabel="blocks", title=title)
@@ -111,6 +116,10 @@ class Drift(NamedTuple):
             grid = "no grid" if row.grid_bits is None else f"grid 2^-{row.grid_bits}"
             lines.setdefault(f"{row.dtype}, {grid}", []).append(row)
         return lines
+
+
+def _or_gap(error):
+    return error if math.isfinite(error) else math.nan
 
 
 def drift(
@@ -155,7 +164,8 @@ def drift(
     """
     if isinstance(params, list):
         raise TypeError("params is a list: give stacked parameters, of which some can be taken.")
-    depth = jax.tree.leaves(params)[0].shape[0]
+    depth, *_ = chain_blocks(params, None, None)  # of all of them, before some are taken
+    assert depth is not None
     if depths is None:
         depths = [4**i for i in range(depth.bit_length()) if 4**i < depth] + [depth]
     depths = integers("depths", depths)
@@ -217,8 +227,15 @@ def _compute_in(dtype, h, due):
             leaf = jax.lax.reduce_precision(leaf, bits.nexp, bits.nmant)
         return leaf.astype(dtype)
 
+    def widen(leaf, like):
+        both = is_inexact(leaf) and is_inexact(like)
+        return jnp.asarray(leaf).astype(like.dtype) if both else leaf
+
+    @functools.wraps(h)  # errors name it
     def in_dtype(*operands):
         residual = h(*jax.tree.map(narrow, operands))
-        return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), residual, due)
+        if jax.tree.structure(residual) != jax.tree.structure(due):
+            return residual  # which the chain refuses
+        return jax.tree.map(widen, residual, due)
 
     return in_dtype

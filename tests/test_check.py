@@ -111,17 +111,22 @@ def test_without_a_grid_errors_are_reported_and_no_fault(coupling):
 
 def test_a_wrong_gradient_is_found(monkeypatch):
     """As it would be if the rule itself were wrong."""
-    right = check.rev_chain_apply
+    right, faulty = check.rev_chain_apply, {"store"}
 
     def wrong(f, g, params, x, *args, backward, **options):
         y = right(f, g, params, x, *args, backward=backward, **options)
-        scale = 1.001 if backward == "store" else 1
+        scale = 1.001 if backward in faulty else 1
         return jax.tree.map(lambda a: a * scale + jax.lax.stop_gradient(a - a * scale), y)
 
     monkeypatch.setattr(check, "rev_chain_apply", wrong)
     report = check_reversible(dense, dense, PARAMS, X)
     np.testing.assert_allclose(report.gradient_error_params, 1e-3, rtol=0.02)
     np.testing.assert_allclose(report.gradient_error_x, 1e-3, rtol=0.02)
+    assert report.rounding_alone  # as "remat" has the same
+    assert report.ok
+    faulty.add("remat")
+    report = check_reversible(dense, dense, PARAMS, X)
+    assert not report.rounding_alone
     assert str(report).count("NOT OK") == 2
 
 
@@ -178,3 +183,53 @@ def test_drift_refuses_in_a_sentence():
     as_list: Any = [PARAMS]
     with pytest.raises(TypeError, match="params is a list"):
         drift(dense, dense, as_list, X)
+
+
+def test_leaves_of_any_kind_and_rank():
+    """Scalars, integers and keys in the stream, as a chain takes them."""
+
+    def h(w, half):
+        return half | {"a": jnp.tanh(w * half["a"])}
+
+    half = {"a": jnp.float32(0.3), "key": jax.random.key(0), "n": jnp.int32(3)}
+    weights: Any = (normal(3, DEPTH), normal(4, DEPTH))
+    report = check_reversible(h, h, weights, (half, half))
+    assert report.ok
+    assert report.repeats == (True, True)
+
+
+def test_functions_without_parameters_are_sound():
+    report = check_reversible(lambda _, x: jnp.sin(x), lambda _, x: jnp.sin(x), [((), ())], X)
+    assert report.gradient_error_params == 0
+    assert report.ok
+
+
+def test_relative_error():
+    zero, one = jnp.zeros(2), jnp.ones(2)
+    pairs = (zero, zero), (one, zero), (2 * one, one)
+    assert [check.relative_error(*pair) for pair in pairs] == [0, np.inf, 1]
+
+
+@pytest.mark.parametrize("none", [np.nan, np.inf])
+def test_drift_draws_what_is_finite(none):
+    rows = DriftRow("float32", None, 1, 1e-6, 1e-6), DriftRow("float32", None, 4, none, none)
+    axes = revjax.Drift(rows).plot().axes[0]
+    np.testing.assert_array_equal(axes.get_lines()[0].get_ydata(), [1e-6, np.nan])
+    np.testing.assert_allclose(axes.get_ylim(), (0, 3e-6))
+
+
+def test_drift_refuses_what_a_chain_refuses():
+    def measure(f=dense, params: Any = PARAMS):
+        return drift(f, dense, params, X, depths=[1])
+
+    def pair(w, x):
+        return (dense(w, x),)
+
+    with pytest.raises(TypeError, match=r"f \(pair\) returned .* was due"):
+        measure(pair)
+    with pytest.raises(TypeError, match="was due"):
+        measure(lambda w, x: 0.0)
+    with pytest.raises(ValueError, match="leading axis"):  # though the prefixes have one length
+        measure(params=(PARAMS[0], PARAMS[1][:2]))
+    with pytest.raises(ValueError, match="hold no array"):
+        measure(params=((), ()))

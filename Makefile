@@ -2,6 +2,7 @@
 # make test     run the tests; flags of pytest: make test ARGS="-k coupling"
 # make bench    time the ways to a gradient, which is long; see benchmarks/speed.py
 # make docs     build the documentation into site/; any warning is an error
+# make notebooks    execute notebooks/ into build/notebooks; OUT=notebooks refreshes what is committed
 # make lint     ruff and pyright
 # make format   let ruff rewrite what it can
 # make clean    remove the environments and what the tools left behind; training runs stay
@@ -16,7 +17,7 @@ PYTEST := $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 CORE := tests/test_coupling.py tests/test_reversible.py tests/test_conv.py tests/test_models.py \
 	tests/test_recompute.py
 
-.PHONY: help train test test-core bench docs environment lint format clean interpreter
+.PHONY: help train test test-core bench docs notebooks environment lint format clean interpreter
 .NOTPARALLEL:
 
 help:
@@ -40,6 +41,12 @@ bench: $(VENV)/test.stamp
 docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build $(ARGS)
 	@echo "open site/index.html"
+
+# Two at a time; a cell that fails makes it fail. The kernel is that of the environment.
+OUT := build/notebooks
+notebooks: $(VENV)/docs.stamp
+	printf '%s\n' notebooks/*.ipynb | xargs -P 2 -n 1 $(RUN) -m nbconvert --log-level ERROR \
+		--to notebook --execute --output-dir $(OUT) $(ARGS)
 
 # What the others make first, alone.
 environment: $(VENV)/test.stamp
@@ -93,5 +100,5 @@ $(VENV)/test.stamp: pyproject.toml
 	@touch $(VENV)/train.stamp $@
 
 $(VENV)/docs.stamp: pyproject.toml
-	$(call install,.[test$(comma)docs])
+	$(call install,.[test$(comma)docs$(comma)notebooks])
 	@touch $(VENV)/train.stamp $(VENV)/test.stamp $@

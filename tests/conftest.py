@@ -10,6 +10,24 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["NPROC"] = "8"
 
 import jax
+import pytest
+
+# The tests of what optimised programs do: their bits, and their memory.
+OPTIMISED = ("conv", "coupling", "gates", "memory", "models", "recompute", "reversible")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_fast(request):
+    """Compile the programs of other tests without optimisation: they run once, in the end."""
+    if request.module.__name__.removeprefix("test_") in OPTIMISED:
+        yield
+        return
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for the processes that they start
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -12,6 +12,9 @@ from revjax import models
 ROOT = Path(revjax.__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+TRANSFORMERS = re.findall(
+    r"^\| (revvit_\w+) \| (\d+) \| (\d+) \| (\d+) \| ([\d,]+) \|", README, re.M
+)
 ROWS = re.findall(
     r"^\| (\w*re[sv]net\d+) \| ([\d, ]+) \| ([\d,]+)(?: / ([\d,]+))? \|", README, re.M
 )
@@ -29,7 +32,7 @@ def test_python_prints_what_its_comments_say(capsys):
 
 
 def test_table_has_every_model():
-    assert sorted(row[0] for row in ROWS) == sorted(revjax.list_models())
+    assert sorted(row[0] for row in ROWS + TRANSFORMERS) == sorted(revjax.list_models())
 
 
 def test_table_of_models():
@@ -37,7 +40,14 @@ def test_table_of_models():
     for name, units, *counts in ROWS:
         due = [f"{count:,}" for count in PARAMETERS[name].values()]
         assert [count for count in counts if count] == due
-        assert units == ", ".join(map(str, models.ARCHITECTURES[name].units))
+        assert units == ", ".join(map(str, models.architecture_of(name)["units"]))
+
+
+def test_table_of_transformers():
+    for name, *how, count in TRANSFORMERS:
+        own = models.architecture_of(name)
+        assert [int(value) for value in how] == [own[key] for key in ("depth", "width", "heads")]
+        assert count == f"{PARAMETERS[name][1000]:,}"
 
 
 def test_links_lead_to_files():

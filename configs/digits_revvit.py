@@ -2,8 +2,8 @@
 
 Command:   python train.py --config configs/digits_revvit.py
 Hardware:  2-core CPU, JAX 0.10.2
-Time:      TIME
-Accuracy:  ACCURACY on the held-out fifth, seed 0
+Time:      364 s, beside other work that held both cores; 217 s of processor time
+Accuracy:  97.78% on the held-out fifth, seed 0
 n:         1
 """
 
@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.name = "digits"
+    data.normalize = "channels"
     data.padding = 1
     data.flip = False  # a mirrored digit is no digit
 
@@ -31,13 +32,13 @@ def get_config() -> ConfigDict:
 
     config.optim = optim = ConfigDict()
     optim.name = "adamw"
-    optim.learning_rate = 1e-3
+    optim.learning_rate = 2e-3
     optim.boundaries = (1_000, 1_300)
     optim.decay_factor = 0.1
     optim.momentum = 0.9
     optim.weight_decay = 0.05
     optim.warmup_steps = 50
-    optim.warmup_rate = 1e-4
+    optim.warmup_rate = 2e-4
 
     config.seed = 0
     config.steps = 1_500

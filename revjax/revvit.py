@@ -9,7 +9,7 @@ from flax import nnx
 from revjax.architecture import integer
 from revjax.grid import DEFAULT_GRID_BITS
 from revjax.layers import stream_dtype
-from revjax.reversible import Backward
+from revjax.reversible import Backward, Pair
 from revjax.stage import ReversibleStage, StageGates
 from revjax.stochastic_depth import StochasticDepth, check_stochastic_depth, network_gates
 from revjax.transformer import MLP, Attention, Dense, layer_norm
@@ -44,8 +44,8 @@ class TokenHead(nnx.Module):
         self.norm = layer_norm(2 * width, dtype=dtype, rngs=rngs)
         self.dense = Dense(2 * width, num_classes, dtype=stream_dtype(dtype), rngs=rngs)
 
-    def __call__(self, x: tuple[jax.Array, jax.Array]) -> jax.Array:
-        x = self.norm(jnp.concatenate(x, axis=-1))
+    def __call__(self, halves: Pair) -> jax.Array:
+        x = self.norm(jnp.concatenate(halves, axis=-1))
         return self.dense(x.mean(1, keepdims=True))[:, 0]
 
 

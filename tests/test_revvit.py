@@ -4,8 +4,12 @@ The transcription, `oracle`, is plain `jax.numpy` on the network's arrays: block
 head by head, the patches by a convolution, derived by storing everything.
 """
 
+# Calls with options chosen at run time, which no type checker can follow.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 import functools
 import re
+from typing import Any
 
 import chex
 import jax
@@ -14,10 +18,26 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from networks import COMPILE_FAST, cross_entropy, draw_arrays, relative_error, setting, with_arrays
+from networks import (
+    COMPILE_FAST,
+    cross_entropy,
+    draw_arrays,
+    relative_error,
+    restrict,
+    setting,
+    with_arrays,
+)
 from scipy.stats import norm
 
-from revjax import RevViT, StochasticDepth, create_model, memory_report, round_to_grid
+from revjax import (
+    RevViT,
+    StochasticDepth,
+    create_model,
+    draw_gates,
+    memory_report,
+    round_to_grid,
+    survival_probabilities,
+)
 from revjax.data import load_dataset
 from revjax.memory.network import training_step
 from revjax.models import ARCHITECTURES, Transformer
@@ -26,11 +46,11 @@ from revjax.training.optimizer import make_optimizer
 from revjax.transformer import gelu, product
 
 DEPTH, WIDTH, HEADS, PATCH, SIDE, CLASSES, BATCH = 2, 8, 2, 2, 6, 5, 4
-KEY = jax.random.key(7)
+KEY = jax.random.key(7, impl="unsafe_rbg")  # compiles fastest
 DROP_PATH = StochasticDepth(p_last=0.5, granularity="sample")
 
 
-def make(dtype="float32", **options):
+def make(dtype="float32", **options) -> Any:
     """The network without its arrays."""
     own = dict(depth=DEPTH, width=WIDTH, heads=HEADS, patch=PATCH, image_size=SIDE)
     options = own | dict(dtype=dtype) | options
@@ -93,11 +113,10 @@ def oracle(v, images, gates):
 # Faithfulness -----------------------------------------------------------------------------------
 
 
-@functools.cache
-def train(dtype, backward, how=None):
+def train(dtype, backward):
     """The logits, the gradient and the variables of one step, from the same arrays."""
     with setting(dtype):
-        network = make(dtype, backward=backward, stochastic_depth=how)
+        network = make(dtype, backward=backward, stochastic_depth=DROP_PATH)
 
         def step(arrays, images, labels):
             graphdef, params, rest = nnx.split(with_arrays(network, arrays), nnx.Param, ...)
@@ -115,46 +134,36 @@ def train(dtype, backward, how=None):
         return jax.device_get(step(draw_arrays(network), *batch(dtype)))
 
 
-@functools.cache
-def oracle_step():
+def test_training_is_that_of_the_equations():
+    """Logits and gradients, with a gate for each image, divided by its probability."""
+    logits, gradient, _ = train("float64", "reversible")
     with setting("float64"), jax.numpy_rank_promotion("allow"):
+        network = make("float64", stochastic_depth=DROP_PATH)
+        gates = np.zeros((2 * DEPTH, BATCH))
+        for start, drawn in enumerate(network.gates(BATCH, KEY)):
+            gates[start::2] = np.reshape(drawn, (DEPTH, BATCH))
+        assert 0 < np.count_nonzero(gates) < gates.size
 
-        def loss(arrays, images, labels, gates):
+        def loss(arrays, images, labels):
             logits = oracle(arrays, images, gates)
             return cross_entropy(logits, labels), logits
 
-        return jax.jit(jax.grad(loss, has_aux=True), compiler_options=COMPILE_FAST)
-
-
-@pytest.mark.parametrize("how", [StochasticDepth(p_last=0.5), DROP_PATH])
-def test_training_is_that_of_the_equations(how):
-    """With a gate for the batch, and with one for each image, divided by its probability."""
-    logits, gradient, _ = train("float64", "reversible", how)
-    with setting("float64"), jax.numpy_rank_promotion("allow"):
-        network = make("float64", stochastic_depth=how)
-        gates = np.zeros((2 * DEPTH, BATCH))
-        for start, drawn in enumerate(network.gates(BATCH, KEY)):
-            assert drawn is not None
-            gates[start::2] = np.asarray(drawn).reshape(DEPTH, -1)
-        assert 0 < np.count_nonzero(gates) < gates.size
+        step = jax.jit(jax.grad(loss, has_aux=True), compiler_options=COMPILE_FAST)
         arrays = draw_arrays(network)
-        params = {name: arrays[name] for name in ("stem", "head")}
-        params["stages"] = {0: {name: arrays["stages"][0][name] for name in "fg"}}
-        due = oracle_step()(params, *batch("float64"), gates)
+        due = step(restrict(arrays, gradient), *batch("float64"))
     assert relative_error((gradient, logits), due) <= 1e-12
 
 
-def test_evaluation_is_that_of_the_equations():
-    """By survival probabilities, l = 1 .. L over F and G in turn."""
-    with setting("float64"), jax.numpy_rank_promotion("allow"):
-        network = make("float64", stochastic_depth=StochasticDepth(p_last=0.5))
-        network.eval()
-        arrays, (images, labels) = draw_arrays(network), batch("float64")
-        model = jax.jit(lambda v, x: with_arrays(network, v)(x), compiler_options=COMPILE_FAST)
-        p = 1 - np.arange(1, 2 * DEPTH + 1) / (2 * DEPTH) * 0.5
-        gates = np.repeat(p[:, None], BATCH, 1)
-        due = oracle_step()(arrays | {"stages": {0: arrays["stages"][0]}}, images, labels, gates)[1]
-        assert relative_error(model(arrays, images), due) <= 1e-12
+def test_gates_are_in_the_order_of_the_functions():
+    """Survival falls over F and G in turn; in evaluation residuals are multiplied by it."""
+    network = make(stochastic_depth=StochasticDepth(p_last=0.2))
+    p = survival_probabilities(2 * DEPTH, 0.2)
+    for start, found in enumerate(network.gates(BATCH, KEY)):
+        np.testing.assert_array_equal(found, draw_gates(KEY, p)[start::2])
+    network.eval()
+    for start, found in enumerate(network.gates(BATCH)):
+        np.testing.assert_array_equal(found, p[start::2].astype(np.float32))
+    assert make().gates(BATCH) == (None, None)
 
 
 def test_gelu():
@@ -166,17 +175,11 @@ def test_gelu():
 # Exactness --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 5e-6), ("bfloat16", 1e-6)])
-def test_gradients_are_those_of_stored_activations(dtype, tolerance):
-    got, due = (train(dtype, backward, DROP_PATH) for backward in ("reversible", "store"))
+def test_gradients_in_bfloat16_are_those_of_stored_activations():
+    got, due = (train("bfloat16", backward) for backward in ("reversible", "store"))
     chex.assert_trees_all_equal((got[0], got[2]), (due[0], due[2]))
-    assert relative_error(got[1], due[1]) <= tolerance
+    assert relative_error(got[1], due[1]) <= 1e-6
     assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {np.dtype("float32")}
-
-
-def test_bfloat16_is_computed_in_bfloat16():
-    got, due = (train(dtype, "reversible", DROP_PATH)[0] for dtype in ("bfloat16", "float32"))
-    assert 1e-4 < relative_error(got, due) < 0.1
 
 
 @pytest.mark.parametrize("equation", ["bni,io->bno", "bqhd,bkhd->bhqk"])
@@ -191,7 +194,9 @@ def test_products_round_whatever_the_compiler_keeps(equation):
         return product(equation, a, b, jnp.dtype("bfloat16"))
 
     gradient = jax.jit(jax.grad(lambda a, b: jnp.sum(jnp.sin(narrow(a, b))), argnums=(0, 1)))
-    for found in (jax.jit(narrow)(a, b), *gradient(a, b)):
+    y = jax.jit(narrow)(a, b)
+    assert 1e-4 < relative_error(y, jnp.einsum(equation, a, b)) < 1e-2
+    for found in (y, *gradient(a, b)):
         assert found.dtype == jnp.float32
         np.testing.assert_array_equal(found, found.astype(jnp.bfloat16).astype(jnp.float32))
 
@@ -228,9 +233,9 @@ def test_inverse_restores_the_tokens():
 # Memory, learning, refusals ---------------------------------------------------------------------
 
 
-def temporary(depth, backward):
+def temporary(depth):
     """Temporary bytes of a training step, beyond the gradient of the parameters."""
-    network = make(depth=depth, width=32, image_size=16, backward=backward)
+    network = make(depth=depth, width=32, image_size=16)
     step, operands = training_step(network, 16, 16)
     report = memory_report(step, *operands, compiler_options=COMPILE_FAST)
     params = jax.tree.leaves(nnx.state(network, nnx.Param))
@@ -238,20 +243,23 @@ def temporary(depth, backward):
 
 
 def test_a_deeper_network_needs_parameters_alone():
-    shallow, deep = (temporary(depth, "reversible") for depth in (4, 16))
+    shallow, deep = (temporary(depth) for depth in (4, 16))
     assert deep <= 1.01 * shallow
-    assert temporary(16, "store") > 3 * deep
+
+
+@functools.cache
+def small():
+    own = dict(depth=2, width=16, heads=2, patch=2, image_size=8, in_channels=1)
+    return create_model("revvit", 10, rngs=nnx.Rngs(KEY), **own)
 
 
 @jax.numpy_dtype_promotion("standard")  # optax's Adam is not strict
 def test_it_learns():
     """Sixty steps of AdamW on as many scans as fit a batch, with a narrow network."""
     digits = load_dataset("digits")
-    images = jnp.float32(digits.train_images[:256] / 8 - 1)
-    labels = jnp.asarray(digits.train_labels[:256])
-    own = dict(depth=2, width=16, heads=2, patch=2, image_size=8, in_channels=1)
-    model = create_model("revvit", 10, rngs=nnx.Rngs(0), **own)
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    images = jnp.float32(digits.train_images[:100] / 8 - 1)
+    labels = jnp.asarray(digits.train_labels[:100])
+    graphdef, params, rest = nnx.split(small(), nnx.Param, ...)
     optimizer = make_optimizer(OptimConfig(1e-2, (), 0.1, 0.9, 0.05, name="adamw"))
 
     @functools.partial(jax.jit, compiler_options=COMPILE_FAST)
@@ -292,20 +300,18 @@ def test_parameters_are_those_published(name):
 
 def test_initialisation():
     """Each kernel drawn for itself, by Xavier's rule."""
-    own = dict(depth=3, width=16, heads=4, patch=4, image_size=32)
-    state = nnx.state(create_model("revvit", 10, rngs=nnx.Rngs(0), **own), nnx.Param)
-    firsts = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(state)):
+    firsts, state = [], nnx.to_pure_dict(nnx.state(small(), nnx.Param))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         name = path[-1].key
         if name == "positions":
-            np.testing.assert_allclose(np.std(leaf), 0.02, rtol=0.1)
+            np.testing.assert_allclose(np.std(leaf), 0.02, rtol=0.2)
         elif name == "kernel":
             bound = np.sqrt(6 / sum(leaf.shape[-2:]))
-            assert 0.98 * bound < np.abs(leaf).max() <= bound
+            assert 0.9 * bound < np.abs(leaf).max() <= bound
             firsts.extend(np.asarray(leaf).reshape(-1, *leaf.shape[-2:])[:, 0, 0])
         else:
             np.testing.assert_array_equal(leaf, np.full_like(leaf, {"scale": 1, "bias": 0}[name]))
-    assert len(set(firsts)) == len(firsts) == 2 + 3 * 4
+    assert len(set(firsts)) == len(firsts) == 2 + 2 * 4
 
 
 @pytest.mark.parametrize(

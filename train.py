@@ -210,7 +210,7 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
             "data": config.data.name,
             "parameters": model.num_parameters,
             "steps": config.steps,
-            "precise_bn_batches": config.precise_bn_batches,
+            "precise_bn_batches": config.precise_bn_batches if model.has_statistics else None,
             "test_loss": result["loss"],
             "test_accuracy": result["accuracy"],
             "test_error": 1 - result["accuracy"],

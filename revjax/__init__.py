@@ -22,6 +22,7 @@ from revjax.reversible import rev_block_inverse as rev_block_inverse
 from revjax.reversible import rev_chain_apply as rev_chain_apply
 from revjax.reversible import rev_chain_inverse as rev_chain_inverse
 from revjax.revnet import RevNet as RevNet
+from revjax.revvit import RevViT as RevViT
 from revjax.shortcut import Shortcut as Shortcut
 from revjax.stage import ReversibleStage as ReversibleStage
 from revjax.stage import StreamPeak as StreamPeak

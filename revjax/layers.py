@@ -25,6 +25,18 @@ def stream_dtype(dtype: Any) -> Any:
     return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
 
 
+def rounded(x: jax.Array, dtype: Any) -> jax.Array:
+    """`x` rounded to the bits of `dtype`, and so its cotangent, whatever the compiler does.
+
+    Of a cast there and back it may keep the wider value, in one evaluation of a function and not in
+    another: then what a reversible network reconstructs is not what it computed.
+    """
+    if dtype == x.dtype:
+        return x
+    bits = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(x, bits.nexp, bits.nmant)
+
+
 class Conv(nnx.Module):
     """Convolution without bias, padding "SAME": `[B, H, W, C_in] -> [B, H', W', C_out]`.
 
@@ -49,19 +61,9 @@ class Conv(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), shape, stream_dtype(dtype)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x, kernel = (self._round(a).astype(self.dtype) for a in (x, self.kernel[...]))
-        return self._round(conv(x, kernel, stride=self.stride).astype(stream_dtype(self.dtype)))
-
-    def _round(self, x):
-        """Round to the bits of `dtype`, and so the cotangent, whatever the compiler does.
-
-        Of a cast there and back it may keep the wider value, in one evaluation of a function and
-        not in another: then what a RevNet reconstructs is not what it computed.
-        """
-        if self.dtype == x.dtype:
-            return x
-        bits = jnp.finfo(self.dtype)
-        return jax.lax.reduce_precision(x, bits.nexp, bits.nmant)
+        x, kernel = (rounded(a, self.dtype).astype(self.dtype) for a in (x, self.kernel[...]))
+        y = conv(x, kernel, stride=self.stride).astype(stream_dtype(self.dtype))
+        return rounded(y, self.dtype)
 
 
 class Activation(nnx.Module):

@@ -1,4 +1,4 @@
-"""The networks by name: those of the three papers, and one's own."""
+"""The networks by name: those of the papers, and one's own."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from revjax.grid import DEFAULT_GRID_BITS, GridBits, resolve_grid_bits
 from revjax.layers import stream_dtype
 from revjax.resnet import ResNet
 from revjax.revnet import RevNet
+from revjax.revvit import RevViT
 from revjax.shortcut import Shortcut
 from revjax.stochastic_depth import StochasticDepth
 
@@ -23,14 +24,24 @@ class Architecture(NamedTuple):
     filters: Sequence[int]
     bottleneck: bool = False
     large_images: bool = False
-    placement: str = "full_preactivation"
-    conventions: str = "revnet"
+    placement: str | None = None  # of a ResNet, and the next; None: the class's default
+    conventions: str | None = None
+
+
+class Transformer(NamedTuple):
+    """Blocks, channels of each half, heads, sides of patches and images: see `RevViT`."""
+
+    depth: int
+    width: int
+    heads: int
+    patch: int = 16
+    image_size: int = 224
 
 
 HE: Any = {"conventions": "identity_mappings"}
 HUANG: Any = {"placement": "original", "conventions": "stochastic_depth"}
 
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, Architecture | Transformer] = {
     # Gomez et al. 2017, table 1, as its authors' code has them
     "resnet32": Architecture((5, 5, 5), (16, 16, 32, 64)),
     "resnet110": Architecture((18, 18, 18), (16, 16, 32, 64)),
@@ -50,7 +61,64 @@ ARCHITECTURES = {
     "resnet200": Architecture((3, 24, 36, 3), (64, 64, 128, 256, 512), True, True, **HE),
     # Huang et al. 2016
     "resnet1202": Architecture((200, 200, 200), (16, 16, 32, 64), **HUANG),
+    # Mangalam et al. 2022, table 1
+    "revvit_small": Transformer(12, 384, 6),
+    "revvit_base": Transformer(12, 768, 12),
+    "revvit_large": Transformer(24, 1024, 16),
 }
+
+
+class Family(NamedTuple):
+    """What the networks of a class have in common.
+
+    Attributes:
+        network: the class.
+        needs: what an architecture of one's own must be told, by an example.
+        fixed: arguments that are a named network's own.
+        free: arguments that `create_model` passes on to this class, and not to all.
+    """
+
+    network: type[ResNet] | type[RevNet] | type[RevViT]
+    needs: dict[str, Any]
+    fixed: tuple[str, ...]
+    free: tuple[str, ...] = ()
+
+
+UNITS: Any = (
+    {"units": (3, 3, 3), "filters": (32, 32, 64, 128)},
+    ("units", "filters", "bottleneck"),
+)
+FAMILIES = {
+    "resnet": Family(ResNet, *UNITS, free=("placement", "shortcut", "conventions")),
+    "revnet": Family(RevNet, *UNITS),
+    "revvit": Family(
+        RevViT,
+        {"depth": 12, "width": 192, "heads": 6, "patch": 4, "image_size": 32},
+        ("depth", "width", "heads", "patch"),
+        free=("image_size",),
+    ),
+}
+
+
+def family_of(name: str) -> str:
+    """The key of FAMILIES for a model's name, which need not be one that there is.
+
+    Example:
+        >>> family_of("preact_resnet110")
+        'resnet'
+    """
+    return next((family for family in FAMILIES if name.startswith(family)), "resnet")
+
+
+def architecture_of(name: str) -> dict[str, Any]:
+    """The arguments by which a network of `list_models()` differs from others of its class.
+
+    Example:
+        >>> architecture_of("revvit_small")["depth"]
+        12
+    """
+    own = ARCHITECTURES[name]._asdict()
+    return {key: value for key, value in own.items() if value is not None}
 
 
 def list_models() -> list[str]:
@@ -76,37 +144,47 @@ def create_model(
     units: Sequence[int] | None = None,
     filters: Sequence[int] | None = None,
     bottleneck: bool | None = None,
+    depth: int | None = None,
+    width: int | None = None,
+    heads: int | None = None,
+    patch: int | None = None,
+    image_size: int | None = None,
     placement: str | None = None,
     shortcut: str | Shortcut | None = None,
     conventions: str | None = None,
     stochastic_depth: StochasticDepth | None = None,
-) -> ResNet | RevNet:
-    """Make a network of Gomez et al. 2017, He et al. 2016 or Huang et al. 2016 by name.
+) -> ResNet | RevNet | RevViT:
+    """Make a network by name: of Gomez et al. 2017, or of the papers beside it.
 
     The networks for ImageNet (resnet50, 101, 152, 200; revnet56, 104) take images of 224x224, or of
     any sides. The others take those of CIFAR, 32x32, or of any sides that two halvings divide.
     Parameters are equal in number to the authors' code. resnet110 and resnet164 are those that the
-    RevNets were compared with; preact_resnet110 and preact_resnet164 are He et al.'s.
+    RevNets were compared with; preact_resnet110 and preact_resnet164 are He et al.'s. A
+    Transformer (revvit_small, revvit_base, revvit_large) is for images of one size.
 
     Args:
-        name: one of `list_models()`; or "resnet" or "revnet" for an architecture of one's own.
+        name: one of `list_models()`; or "resnet", "revnet" or "revvit" for an architecture of one's
+            own.
         num_classes: logits.
         rngs: `nnx.Rngs`, of which the stream "params" is used.
         in_channels: channels of the images.
-        backward: how the gradient is found, see `RevNet`: "reversible" (the default of a RevNet),
-            "remat" or "store" (the default of a ResNet, which cannot be "reversible").
-        grid_bits: see `RevNet`; by default 14 for a RevNet. A ResNet has no grid.
+        backward: how the gradient is found, see `RevNet`: "reversible" (the default, but
+            for a ResNet, which cannot have it), "remat" or "store" (that of a ResNet).
+        grid_bits: see `RevNet`; by default 14. A ResNet has no grid.
         unroll: see `RevNet`.
-        dtype: what convolutions compute in: float32, bfloat16, float16 or float64.
+        dtype: what convolutions and products compute in: float32, bfloat16, float16 or float64.
         units, filters, bottleneck: of an architecture of one's own, see `RevNet`.
+        depth, width, heads, patch: the same of a Transformer, see `RevViT`.
+        image_size: of a Transformer, see there; those that have a name have 224.
         placement, shortcut, conventions: see `ResNet`; None is the architecture's own. A RevNet has
             full pre-activation and identity shortcuts.
-        stochastic_depth: see `ResNet` and `RevNet`; None is constant depth.
+        stochastic_depth: see `RevNet`; None is constant depth.
 
     Returns:
         The network, in training mode. `model(images [B, H, W, in_channels])` gives logits
-        `[B, num_classes]` and moves the batch statistics; `model.eval()` uses the averages. With
-        stochastic depth or dropout it is `model(images, key=jax.random.key(step))` in training.
+        `[B, num_classes]` and moves the batch statistics (of which a Transformer has none);
+        `model.eval()` uses the averages. With stochastic depth or dropout it is
+        `model(images, key=jax.random.key(step))` in training.
 
     Raises:
         ValueError: no such model, or an argument that is impossible for it.
@@ -117,63 +195,77 @@ def create_model(
         >>> model(jnp.zeros((2, 8, 8, 3))).shape
         (2, 10)
     """
-    own = {"units": units, "filters": filters, "bottleneck": bottleneck}
-    if name in ARCHITECTURES:
-        given = [key for key, value in own.items() if value is not None]
-        if given:
-            generic = "revnet" if name.startswith("revnet") else "resnet"
-            raise ValueError(
-                f"{name} has its own {', '.join(given)}: leave them out, or name the model "
-                f'"{generic}" to give an architecture of your own.'
-            )
-        architecture = ARCHITECTURES[name]
-    elif name in ("resnet", "revnet"):
-        if units is None or filters is None:
-            raise ValueError(
-                f'"{name}" needs units and filters, such as units=(3, 3, 3) and '
-                "filters=(32, 32, 64, 128); or name one of " + ", ".join(list_models())
-            )
-        architecture = Architecture(units, filters, bool(bottleneck))
-    else:
+    if name not in ARCHITECTURES and name not in FAMILIES:
         raise ValueError(
             f"There is no model {name!r}: name one of {', '.join(list_models())}, or "
-            '"resnet" or "revnet" with units and filters.'
+            '"resnet", "revnet" or "revvit" for an architecture of your own.'
         )
+    given = {
+        "units": units,
+        "filters": filters,
+        "bottleneck": bottleneck,
+        "depth": depth,
+        "width": width,
+        "heads": heads,
+        "patch": patch,
+        "image_size": image_size,
+        "placement": placement,
+        "shortcut": shortcut,
+        "conventions": conventions,
+    }
+    given = {key: value for key, value in given.items() if value is not None}
+    _check_given(name, given)
     if not isinstance(rngs, nnx.Rngs):
         raise TypeError(f"rngs={rngs!r}: give nnx.Rngs(seed).")
     dtype = _known_dtype(dtype)
-    options: dict[str, Any] = dict(
-        in_channels=in_channels,
-        bottleneck=architecture.bottleneck,
-        large_images=architecture.large_images,
-        stochastic_depth=stochastic_depth,
-        unroll=unroll,
-        dtype=dtype,
+    network: Any = FAMILIES[family_of(name)].network
+    options = (architecture_of(name) if name in ARCHITECTURES else {}) | given
+    options |= dict(
+        in_channels=in_channels, stochastic_depth=stochastic_depth, unroll=unroll, dtype=dtype
     )
     if backward is not None:
         options["backward"] = backward
-    styles = {"placement": placement, "shortcut": shortcut, "conventions": conventions}
-    styles = {key: value for key, value in styles.items() if value is not None}
-    reversible = name.startswith("revnet")
-    if reversible:
+    if network is not ResNet:
         stream = jnp.zeros((), stream_dtype(dtype))
         options["grid_bits"] = resolve_grid_bits(grid_bits, DEFAULT_GRID_BITS, stream)
-        for key, value in styles.items():
+    elif grid_bits not in ("default", None):
+        raise ValueError(f"grid_bits={grid_bits!r}: {name} is not reversible and has no grid.")
+
+    def make(key):
+        return network(num_classes=num_classes, rngs=nnx.Rngs(params=key), **options)
+
+    return _initialise(make, rngs.params())
+
+
+def _check_given(name, given):
+    """Raise a ValueError if a network of that name cannot have, or lacks, what only some have."""
+    generic = family_of(name)
+    family = FAMILIES[generic]
+    for key, value in given.items():
+        if key in (*family.fixed, *family.free):
+            continue
+        if generic == "revnet" and key in FAMILIES["resnet"].free:
             raise ValueError(
                 f"{key}={value!r}: {name} is reversible, which a unit is with full pre-activation "
                 "and identity shortcuts alone; leave it out, or take a ResNet."
             )
-    elif grid_bits not in ("default", None):
-        raise ValueError(f"grid_bits={grid_bits!r}: {name} is not reversible and has no grid.")
-    else:
-        options |= dict(placement=architecture.placement, conventions=architecture.conventions)
-        options |= styles
-
-    def make(key):
-        network = RevNet if reversible else ResNet
-        return network(*architecture[:2], num_classes, rngs=nnx.Rngs(params=key), **options)
-
-    return _initialise(make, rngs.params())
+        raise ValueError(
+            f"{key}={value!r}: {name} is a {family.network.__name__}, which has no {key}; leave it "
+            "out, or take another model."
+        )
+    own = [key for key in family.fixed if key in given]
+    if name in ARCHITECTURES and own:
+        raise ValueError(
+            f"{name} has its own {', '.join(own)}: leave them out, or name the model "
+            f'"{generic}" to give an architecture of your own.'
+        )
+    if name == generic and not family.needs.keys() <= given.keys():
+        *others, last = family.needs
+        example = ", ".join(f"{key}={value}" for key, value in family.needs.items())
+        raise ValueError(
+            f'"{name}" needs {", ".join(others)} and {last}, such as {example}; or name one of '
+            + ", ".join(list_models())
+        )
 
 
 def _initialise(make, key):

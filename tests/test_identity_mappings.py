@@ -284,7 +284,7 @@ def test_gate_bias_is_what_it_is_initialised_to(bias, gate):
 def test_initialisation(conventions):
     """Deviations and limits by the papers' code."""
     options = dict(units=(1, 1), filters=(64, 64, 128), conventions=conventions)
-    model = create_model("resnet", 50, rngs=nnx.Rngs(0), **options)
+    model: Any = create_model("resnet", 50, rngs=nnx.Rngs(0), **options)
     kernel = np.asarray(model.stages[1].first.residual.layers[-1].kernel[...])
     inputs, outputs = 128, 128
     fan = 9 * (inputs if conventions == "stochastic_depth" else outputs)

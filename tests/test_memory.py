@@ -12,7 +12,7 @@ from revjax import MemoryReport, memory_report
 from revjax.conv import conv
 from revjax.memory import __main__ as command
 from revjax.memory.network import abstract_network, largest_batch, training_step
-from revjax.models import ARCHITECTURES, Architecture
+from revjax.models import ARCHITECTURES, Architecture, Transformer
 from revjax.reversible import Backward
 
 FAST = {"xla_backend_optimization_level": 0}  # the figures are the same
@@ -236,6 +236,18 @@ def test_command(capsys, monkeypatch):
         "its operations, 10^9",
         "time to compile, s",
     ]
+
+
+def test_command_of_a_transformer(capsys, monkeypatch):
+    """At another size of the images, and deeper; a size that patches do not divide is refused."""
+    monkeypatch.setitem(ARCHITECTURES, "revvit_small", Transformer(1, 8, 2))
+    arguments = ["--model", "revvit_small", "--batch", "2", "--backward", "reversible"]
+    assert command.main([*arguments, "--image", "32", "--deeper", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("revvit_small with 2 times its units, batch 2, 32x32, float32, compiled")
+    assert "stage 1 alone" in out
+    end = command.main([*arguments, "--image", "40"])
+    assert str(end).startswith("revjax.memory: image_size=40 and patch=16: give a patch that")
 
 
 def test_largest_batch_and_plot(capsys, monkeypatch, tmp_path):

@@ -34,7 +34,7 @@ from networks import (
 )
 from scipy.stats import truncnorm
 
-from revjax import ResNet, RevNet, StreamPeak, create_model, list_models, round_to_grid
+from revjax import ResNet, RevNet, RevViT, StreamPeak, create_model, list_models, round_to_grid
 from revjax.conventions import CONVENTIONS
 from revjax.layers import Conv
 
@@ -479,6 +479,10 @@ PARAMETERS = {  # of the authors' code, by number of classes
     "resnet1001": {10: 10_327_706, 100: 10_350_836},
     "resnet1202": {10: 19_421_274},
     "resnet200": {1000: 64_666_152},
+    # Mangalam et al. 2022 publish millions; test_revvit has these by arithmetic.
+    "revvit_small": {1000: 22_434_664},
+    "revvit_base": {1000: 87_335_656},
+    "revvit_large": {1000: 305_350_632},
 }
 
 
@@ -488,9 +492,10 @@ def test_list_models():
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_counts(name):
-    for classes, due in PARAMETERS[name].items():
-        model = nnx.eval_shape(lambda n=classes: create_model(name, n, rngs=nnx.Rngs(0)))
-        assert isinstance(model, RevNet if name.startswith("revnet") else ResNet)
+    for number, due in PARAMETERS[name].items():
+        model = nnx.eval_shape(lambda n=number: create_model(name, n, rngs=nnx.Rngs(0)))
+        classes = {"revnet": RevNet, "revvit": RevViT}
+        assert type(model) is classes.get(name[:6], ResNet)
         params = jax.tree.leaves(nnx.state(model, nnx.Param))
         assert sum(leaf.size for leaf in params) == due
 

@@ -13,6 +13,9 @@ from revjax import models
 ROOT = Path(revjax.__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TRANSFORMERS = re.findall(
+    r"^\| (revvit_\w+) \| (\d+) \| (\d+) \| (\d+) \| ([\d,]+) \|", README, re.M
+)
 ROWS = re.findall(
     r"^\| (\w*re[sv]net\d+) \| ([\d, ]+) \| ([\d,]+)(?: / ([\d,]+))? \|", README, re.M
 )
@@ -45,7 +48,7 @@ def test_python_prints_what_its_comments_say(page, unoptimised, capsys):
 
 
 def test_table_has_every_model():
-    assert sorted(row[0] for row in ROWS) == sorted(revjax.list_models())
+    assert sorted(row[0] for row in ROWS + TRANSFORMERS) == sorted(revjax.list_models())
 
 
 def test_table_of_models():
@@ -53,7 +56,14 @@ def test_table_of_models():
     for name, units, *counts in ROWS:
         due = [f"{count:,}" for count in PARAMETERS[name].values()]
         assert [count for count in counts if count] == due
-        assert units == ", ".join(map(str, models.ARCHITECTURES[name].units))
+        assert units == ", ".join(map(str, models.architecture_of(name)["units"]))
+
+
+def test_table_of_transformers():
+    for name, *how, count in TRANSFORMERS:
+        own = models.architecture_of(name)
+        assert [int(value) for value in how] == [own[key] for key in ("depth", "width", "heads")]
+        assert count == f"{PARAMETERS[name][1000]:,}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

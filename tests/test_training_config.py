@@ -27,6 +27,7 @@ from revjax.training.state import abstract_model
 
 ROOT = Path(train.__file__).parent
 DIGITS = f"--config={ROOT}/configs/digits_revnet.py"
+REVVIT = f"--config={ROOT}/configs/digits_revvit.py"
 CIFAR = f"--config={ROOT}/configs/cifar10_revnet38.py"
 VARIANTS = f"--config={ROOT}/configs/digits_resnet.py"
 RESNET = f"--config={ROOT}/configs/cifar100_resnet32.py"
@@ -74,6 +75,9 @@ def refused(monkeypatch, tmp_path, capsys):
         ([DIGITS, "--config.data.source=/tmp"], "no key 'source'"),
         ([RESNET, "--config.model.grid_bits=14"], "no key 'grid_bits'"),
         ([CIFAR, "--config.model.units=(1,1,1)"], "no key 'units'"),
+        ([REVVIT, "--config.model.name=revnet"], "config.model.depth is a key that nothing reads"),
+        ([REVVIT, "--config.model.name=revvit_small"], "config.model.depth is a key that nothing"),
+        ([DIGITS, "--config.model.name=revvit"], "config.model.units is a key that nothing"),
         # types
         ([DIGITS, "--config.steps=many"], "config.steps"),
         ([DIGITS, "--config.steps=1.5"], "config.steps"),
@@ -82,7 +86,9 @@ def refused(monkeypatch, tmp_path, capsys):
         ([DIGITS, "--config.model.grid_bits=14.5"], "config.model.grid_bits is 14.5"),
         ([DIGITS, "--config.model.units=(1,'a')"], "config.model.units"),
         ([DIGITS, "--config.optim.boundaries=(1.5,)"], "config.optim.boundaries"),
+        ([REVVIT, "--config.model.depth=2.5"], "config.model.depth"),
         # names
+        ([REVVIT, "--config.optim.name=adam"], "config.optim.name is 'adam'; one of sgd, adamw"),
         ([DIGITS, "--config.data.name=digitz"], "config.data.name is 'digitz'"),
         ([DIGITS, "--config.model.name=revnet39"], "config.model.name is 'revnet39'"),
         ([DIGITS, "--config.model.name=revnet38"], "config.model.units"),
@@ -111,6 +117,7 @@ def refused(monkeypatch, tmp_path, capsys):
         ([DIGITS, "--config.eval_every=-1"], "config.eval_every is -1"),
         ([DIGITS, "--config.checkpoint_every=0"], "config.checkpoint_every is 0"),
         ([DIGITS, "--config.keep_checkpoints=0"], "config.keep_checkpoints is 0"),
+        ([REVVIT, "--config.precise_bn_batches=9"], "config.precise_bn_batches is 9; 0, as revvit"),
         ([DIGITS, "--config.precise_bn_batches=-1"], "config.precise_bn_batches is -1"),
         ([DIGITS, "--config.optim.learning_rate=1e39"], "config.optim.learning_rate is 1e+39"),
         ([DIGITS, "--config.optim.decay_factor=1e300"], "config.optim.decay_factor is 1e+300"),
@@ -129,6 +136,8 @@ def refused(monkeypatch, tmp_path, capsys):
         ([DIGITS, "--config.model.filters=(15,15,30,60)"], "config.model: "),
         ([DIGITS, "--config.model.units=(1,1)"], "config.model: "),
         ([DIGITS, "--config.model.units=(0,1,1)"], "config.model: "),
+        ([REVVIT, "--config.model.patch=3"], "config.model: image_size=8 and patch=3"),
+        ([REVVIT, "--config.model.heads=5"], "config.model: width=64 and heads=5"),
     ],
 )
 def test_refuses(refused, arguments, named):
@@ -162,6 +171,10 @@ def test_refuses_config_file(refused, tmp_path, source, named):
         ("config.optim.beta = 0.9", "config.optim.beta is a key that nothing reads"),
         ("config.optim.nesterov = 1", "config.optim.nesterov is 1; bool is due"),
         ("config.optim.nesterov, config.optim.momentum = True, 0.0", "config.optim.nesterov is"),
+        (
+            "config.optim.name, config.optim.nesterov = 'adamw', True",
+            "config.optim.nesterov is True; False, as config.optim.name is not 'sgd', is due",
+        ),
         ("config.optim.decay = 'biases'", "config.optim.decay is 'biases'; one of kernels, all"),
         ("config.optim.warmup_steps = -1", "config.optim.warmup_steps is -1; a number from 0"),
         ("config.optim.warmup_steps = 9", "config.optim.warmup_rate is None; a number above 0"),
@@ -265,7 +278,7 @@ def test_there_is_a_config_for_every_network_and_data_set():
         for data in ("cifar10", "cifar100")
         for model in ("resnet32", "resnet110", "resnet164", "revnet38", "revnet110", "revnet164")
     }
-    assert pairs | {"digits_revnet"} <= set(CONFIGS)
+    assert pairs | {"digits_revnet", "digits_revvit", "cifar10_revvit"} <= set(CONFIGS)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -277,7 +290,9 @@ def test_config_is_valid(name):
     assert f"python train.py --config configs/{name}.py" in header
     for item in ("Hardware:", "Time:", "Accuracy:", "n:"):
         assert item in header
-    if name.startswith("cifar"):  # recipes of Gomez et al. 2017, from their code
+    if (
+        name.startswith("cifar") and "revvit" not in name
+    ):  # recipes of Gomez et al. 2017, from their code
         data, model = name.split("_")
         assert (config.data.name, config.model.name) == (data, model)
         assert (config.batch_size, config.steps) == (100, 80_000)

@@ -1,4 +1,4 @@
-"""SGD and its schedule against the equations, in float64 numpy."""
+"""SGD, AdamW and their schedule against the equations, in float64 numpy."""
 
 import dataclasses
 from typing import Any
@@ -17,16 +17,18 @@ CONFIG = OptimConfig(
 )
 
 
-@pytest.mark.parametrize("decay", ["kernels", "all"])
-@pytest.mark.parametrize("nesterov", [False, True])
-def test_three_steps_are_those_of_the_equations(nesterov, decay):
-    """D = g + wd w where w decays, d = g elsewhere; v <- m v + d; w <- w - rate (v or d + m v)."""
+RATES = (0.1, 0.01, 0.01)
+
+
+def three_steps(**options):
+    """The parameters and gradients that were drawn, and the parameters after three updates."""
     rng = np.random.default_rng(0)
     shapes = {
         "conv": {"kernel": (3, 3, 2, 4)},
         "stack": {"kernel": (5, 3, 3, 2, 4)},  # units of a scanned stage, along the first axis
         "norm": {"scale": (4,), "bias": (4,)},
         "dense": {"kernel": (4, 10), "bias": (10,)},
+        "stem": {"positions": (1, 6, 4)},
     }
 
     def draw(shape):
@@ -38,24 +40,49 @@ def test_three_steps_are_those_of_the_equations(nesterov, decay):
     params = jax.tree.map(draw, shapes, is_leaf=is_shape)
     gradients = [jax.tree.map(draw, shapes, is_leaf=is_shape) for _ in range(3)]
 
-    optimizer = make_optimizer(dataclasses.replace(CONFIG, nesterov=nesterov, decay=decay))
+    optimizer = make_optimizer(dataclasses.replace(CONFIG, **options))
     result: Any = params
     state = optimizer.init(params)
     for gradient in gradients:
         updates, state = jax.jit(optimizer.update)(gradient, state, result)
         result = optax.apply_updates(result, updates)
+    return params, gradients, result
 
-    for module, names in shapes.items():
+
+@pytest.mark.parametrize("decay", ["kernels", "all"])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_three_steps_are_those_of_the_equations(nesterov, decay):
+    """D = g + wd w where w decays, d = g elsewhere; v <- m v + d; w <- w - rate (v or d + m v)."""
+    params, gradients, result = three_steps(nesterov=nesterov, decay=decay)
+    for module, names in params.items():
         for name in names:
             w = params[module][name].astype(np.float64)
             v = np.zeros_like(w)
-            for rate, gradient in zip((0.1, 0.01, 0.01), gradients, strict=True):
+            for rate, gradient in zip(RATES, gradients, strict=True):
                 d = gradient[module][name].astype(np.float64)
                 if decay == "all" or name == "kernel":
                     d = d + 0.05 * w
                 v = 0.9 * v + d
                 w = w - rate * (d + 0.9 * v if nesterov else v)
             np.testing.assert_allclose(result[module][name], w, rtol=0, atol=3e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("decay", ["kernels", "all"])
+@jax.numpy_dtype_promotion("standard")  # optax's Adam is not strict
+def test_three_steps_of_adamw_are_those_of_the_equations(decay):
+    """The decay moves w by rate wd w, and is in neither of the averages m and v."""
+    params, gradients, result = three_steps(name="adamw", decay=decay)
+    for module, names in params.items():
+        for name in names:
+            w = params[module][name].astype(np.float64)
+            m, v = np.zeros_like(w), np.zeros_like(w)
+            for t, (rate, gradient) in enumerate(zip(RATES, gradients, strict=True), 1):
+                g = gradient[module][name].astype(np.float64)
+                m = 0.9 * m + 0.1 * g
+                v = 0.999 * v + 0.001 * g**2
+                step = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+                w = w - rate * (step + (0.05 * w if decay == "all" or name == "kernel" else 0))
+            np.testing.assert_allclose(result[module][name], w, rtol=0, atol=2e-6, err_msg=name)
 
 
 @pytest.mark.parametrize(

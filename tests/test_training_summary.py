@@ -65,6 +65,19 @@ def test_the_table_has_the_best_where_there_is_one():
     assert len(with_best) == len(lines) + 1
 
 
+@pytest.mark.parametrize(
+    ("batches", "due"),
+    [
+        (0, "75.00% (by running averages)"),
+        (50, "75.00% (by precise BN, 50 batches)"),
+        (None, "75.00%"),
+    ],
+)
+def test_the_table_has_the_statistics_where_there_are_any(batches, due):
+    lines = summary_table(SUMMARY | {"precise_bn_batches": batches}).splitlines()
+    assert [line.split(maxsplit=2)[2] for line in lines if "test accuracy" in line] == [due]
+
+
 def test_curves_are_of_the_splits_that_there_are(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda *_, label, **__: drawn.append(label))

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from revjax.memory.network import (
+    Network,
     abstract_network,
     largest_batch,
     stage_gradients,
@@ -22,8 +23,6 @@ from revjax.memory.network import (
 from revjax.memory.report import MemoryReport, memory_report
 from revjax.memory.target import find_device
 from revjax.models import list_models
-from revjax.resnet import ResNet
-from revjax.revnet import RevNet
 
 UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 FACTORS = (1, 2, 4)  # of depth and of batch, in the plot
@@ -66,7 +65,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--topology", help="what to compile for: cpu, gpu, tpu, h100, v5e:2x2 [JAX's default]"
     )
-    parser.add_argument("--deeper", type=positive, default=1, help="multiplies units a stage [1]")
+    parser.add_argument(
+        "--deeper", type=positive, default=1, help="multiplies units a stage, or blocks [1]"
+    )
     parser.add_argument("--unroll", action="store_true", help="no loop over units: slow to compile")
     parser.add_argument("--whole", action="store_true", help="the training step, and no stages")
     parser.add_argument("--fits", type=parse_bytes, help="find the largest batch in, say, 16GB")
@@ -95,7 +96,7 @@ def report_of(
     return reported(step, *operands, topology=arguments.topology, **options)
 
 
-def network_of(arguments: argparse.Namespace, way: str, factor: int = 1) -> ResNet | RevNet:
+def network_of(arguments: argparse.Namespace, way: str, factor: int = 1) -> Network:
     """The network asked for, or one some times deeper."""
     return abstract_network(
         arguments.model,
@@ -104,6 +105,7 @@ def network_of(arguments: argparse.Namespace, way: str, factor: int = 1) -> ResN
         num_classes=arguments.classes,
         times_deeper=factor * arguments.deeper,
         unroll=arguments.unroll or 1,
+        image_size=arguments.image,
     )
 
 

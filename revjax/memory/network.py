@@ -3,7 +3,6 @@
 They come with abstract arguments: the network is never made.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -14,21 +13,24 @@ import optax
 from flax import nnx
 
 from revjax.grid import DEFAULT_GRID_BITS
-from revjax.models import ARCHITECTURES
+from revjax.models import FAMILIES, architecture_of, family_of
 from revjax.resnet import ResNet
 from revjax.revnet import RevNet
+from revjax.revvit import RevViT
 
+Network = ResNet | RevNet | RevViT
 Compilable = tuple[Callable, tuple[Any, ...]]  # a jitted function, and its arguments
 
 
 def ways_of(name: str) -> tuple[str, ...]:
     """The backward passes that a network of `list_models()` has."""
-    return ("store", "remat", "reversible") if name.startswith("revnet") else ("store", "remat")
+    return ("store", "remat") if family_of(name) == "resnet" else ("store", "remat", "reversible")
 
 
 def usual_image(name: str) -> int:
     """The height and width of the images that a network of `list_models()` is for."""
-    return 224 if ARCHITECTURES[name].large_images else 32
+    own = architecture_of(name)
+    return own.get("image_size", 224 if own.get("large_images") else 32)
 
 
 def abstract_network(
@@ -40,35 +42,33 @@ def abstract_network(
     grid_bits: int | None = DEFAULT_GRID_BITS,
     times_deeper: int = 1,
     unroll: int | bool = 1,
-) -> ResNet | RevNet:
+    image_size: int | None = None,
+) -> Network:
     """A network of `list_models()` without its numbers.
 
     Args:
         name, backward, dtype, num_classes: as `create_model` takes them.
-        grid_bits: of a RevNet.
-        times_deeper: what to multiply the units of every stage by.
+        grid_bits: of a reversible network.
+        times_deeper: what to multiply the units of every stage, or the blocks, by.
         unroll: as `create_model` takes it.
+        image_size: of a Transformer, as `create_model` takes it.
     """
-    architecture = ARCHITECTURES[name]
-    make: Any = ResNet
-    if name.startswith("revnet"):
-        make = functools.partial(RevNet, grid_bits=grid_bits)
-    return nnx.eval_shape(
-        lambda: make(
-            [times_deeper * units for units in architecture.units],
-            architecture.filters,
-            num_classes,
-            bottleneck=architecture.bottleneck,
-            large_images=architecture.large_images,
-            backward=backward,
-            unroll=unroll,
-            dtype=jnp.dtype(dtype),
-            rngs=nnx.Rngs(0),
-        )
-    )
+    options = architecture_of(name)
+    if "depth" in options:
+        options["depth"] *= times_deeper
+    else:
+        options["units"] = [times_deeper * units for units in options["units"]]
+    if "image_size" in options and image_size is not None:
+        options["image_size"] = image_size
+    family = family_of(name)
+    if family != "resnet":
+        options["grid_bits"] = grid_bits
+    options |= dict(backward=backward, unroll=unroll, dtype=jnp.dtype(dtype))
+    network: Any = FAMILIES[family].network
+    return nnx.eval_shape(lambda: network(num_classes=num_classes, rngs=nnx.Rngs(0), **options))
 
 
-def training_step(network: ResNet | RevNet, batch: int, image: int) -> Compilable:
+def training_step(network: Network, batch: int, image: int) -> Compilable:
     """A step of SGD with momentum and weight decay on cross-entropy, its state donated.
 
     Args:
@@ -95,7 +95,7 @@ def training_step(network: ResNet | RevNet, batch: int, image: int) -> Compilabl
     return jax.jit(step, donate_argnums=0), (state, _images(network, batch, image), labels)
 
 
-def stage_gradients(network: ResNet | RevNet, batch: int, image: int) -> Iterator[Compilable]:
+def stage_gradients(network: Network, batch: int, image: int) -> Iterator[Compilable]:
     """Of each stage, its output, and its gradient by parameters and input for a given cotangent.
 
     Args:
@@ -107,6 +107,8 @@ def stage_gradients(network: ResNet | RevNet, batch: int, image: int) -> Iterato
     if isinstance(network, RevNet):
         half = jax.ShapeDtypeStruct((*x.shape[:-1], x.shape[-1] // 2), x.dtype)
         x = (half, half)
+    elif isinstance(network, RevViT):
+        x = (x, x)
     for stage in network.stages:
         graph, params, variables = nnx.split(stage, nnx.Param, ...)
 
@@ -156,5 +158,5 @@ def largest_batch(
         peaks[batch] = peak_bytes(batch)
 
 
-def _images(network: ResNet | RevNet, batch: int, image: int) -> jax.ShapeDtypeStruct:
+def _images(network: Network, batch: int, image: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((batch, image, image, network.in_channels), jnp.float32)

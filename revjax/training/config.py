@@ -10,6 +10,7 @@ import itertools
 import math
 import types
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from ml_collections import ConfigDict
 
 from revjax.conventions import CONVENTIONS
 from revjax.data import HOLD_OUT_SIZES, NORMALIZATIONS, DataError, dataset_info
-from revjax.models import list_models
+from revjax.models import FAMILIES, family_of, list_models
 from revjax.residual import PLACEMENTS
 from revjax.shortcut import Shortcut
 from revjax.stochastic_depth import StochasticDepth
@@ -25,7 +26,7 @@ from revjax.training.errors import ConfigError
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 DECAYS = ("kernels", "all")
-GENERIC_MODELS = ("resnet", "revnet")
+OPTIMIZERS = ("sgd", "adamw")
 FLOAT_MAX = float(jnp.finfo(jnp.float32).max)
 
 
@@ -49,10 +50,16 @@ class ModelConfig:
     name: str
     backward: str  # "reversible", "remat" or "store"
     dtype: str  # of the residual functions: "float32" or "bfloat16"
-    grid_bits: int | None = None  # RevNets only: the stream's grid 2^-k; None: plain float
+    grid_bits: int | None = (
+        None  # reversible networks only: the stream's grid 2^-k; None: plain float
+    )
     units: tuple[int, ...] | None = None  # the generic names only: units of each stage
     filters: tuple[int, ...] | None = None  # the same: the stem's width, then each stage's
     bottleneck: bool | None = None  # the same
+    depth: int | None = None  # "revvit" only, and the next three, see RevViT: blocks
+    width: int | None = None  # channels of each half
+    heads: int | None = None
+    patch: int | None = None  # side of a patch
     placement: str | None = None  # ResNets only, as the next two; None: the model's own
     shortcut: Shortcut | None = None
     conventions: str | None = None
@@ -61,17 +68,19 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """SGD with momentum on a piecewise constant learning rate.
+    """SGD with momentum, or AdamW, on a piecewise constant learning rate.
 
     The defaults are the RevNet authors' way. He et al. (arXiv:1603.05027) and Huang et al.
     (arXiv:1603.09382) have `nesterov` and `decay="all"` in their code, and the former warm up.
+    Transformers are trained by AdamW (Loshchilov & Hutter, arXiv:1711.05101).
     """
 
     learning_rate: float
     boundaries: tuple[int, ...]  # steps from which the rate is multiplied once more
     decay_factor: float
-    momentum: float
+    momentum: float  # of AdamW beta_1
     weight_decay: float  # the loss has weight_decay / 2 * ||w||^2 for every w that decays
+    name: str = "sgd"  # or "adamw", whose weight_decay is not of the loss: see make_optimizer
     decay: str = "kernels"  # what decays: "kernels", or "all" parameters
     nesterov: bool = False  # Nesterov's momentum, as PyTorch has it
     warmup_steps: int = 0  # how many steps are made first, at warmup_rate
@@ -124,16 +133,19 @@ def check_config(values: ConfigDict) -> Config:
     require(data.normalize in NORMALIZATIONS, "data.normalize", f"one of {ways}")
     if data.name == "digits":
         _refuse(values.data, "data", ("dir", "source"), "digits comes with scikit-learn")
-    names = (*GENERIC_MODELS, *list_models())
+    names = (*FAMILIES, *list_models())
     require(model.name in names, "model.name", f"one of {', '.join(names)}")
-    if not model.name.startswith("revnet"):
+    family = family_of(model.name)
+    if family == "resnet":
         _refuse(values.model, "model", ("grid_bits",), "a ResNet has no reversible stream")
     elif "grid_bits" not in values.model:
-        raise ConfigError("config.model.grid_bits is missing; a RevNet needs it (14, or None).")
-    own = ("units", "filters", "bottleneck")
-    if model.name not in GENERIC_MODELS:
-        _refuse(values.model, "model", own, f"{model.name} is fixed")
-    for key in own if model.name in GENERIC_MODELS else ():
+        network = FAMILIES[family].network.__name__
+        raise ConfigError(f"config.model.grid_bits is missing; a {network} needs it (14, or None).")
+    own = FAMILIES[family].fixed if model.name in FAMILIES else ()
+    fixed = [key for other in FAMILIES.values() for key in other.fixed if key not in own]
+    why = f"{model.name} is fixed" if not own else f"the model {model.name!r} has none"
+    _refuse(values.model, "model", fixed, why)
+    for key in own:
         if getattr(model, key) is None:
             raise ConfigError(f"config.model.{key} is missing; the model {model.name!r} needs it.")
     require(model.dtype in DTYPES, "model.dtype", f"one of {', '.join(DTYPES)}")
@@ -157,6 +169,8 @@ def check_config(values: ConfigDict) -> Config:
     for key in ("batch_size", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):
         require(getattr(config, key) > 0, key, "a number above 0")
     require(config.precise_bn_batches >= 0, "precise_bn_batches", "a number from 0")
+    fits = family != "revvit" or not config.precise_bn_batches
+    require(fits, "precise_bn_batches", f"0, as {model.name} has no batch statistics,")
     require(0 < config.steps < 2**31, "steps", "a number from 1 to 2^31 - 1")
     require(0 <= config.seed < 2**31, "seed", "a number from 0 to 2^31 - 1")
     require(0 < optim.learning_rate < FLOAT_MAX, "optim.learning_rate", "a number above 0")
@@ -164,6 +178,9 @@ def check_config(values: ConfigDict) -> Config:
     require(0 <= optim.momentum < 1, "optim.momentum", "a number in [0, 1)")
     require(0 <= optim.weight_decay < FLOAT_MAX, "optim.weight_decay", "a number from 0")
     require(optim.decay in DECAYS, "optim.decay", f"one of {', '.join(DECAYS)}")
+    require(optim.name in OPTIMIZERS, "optim.name", f"one of {', '.join(OPTIMIZERS)}")
+    plain = optim.name == "sgd" or not optim.nesterov
+    require(plain, "optim.nesterov", "False, as config.optim.name is not 'sgd',")
     moves = optim.momentum > 0 or not optim.nesterov
     require(moves, "optim.nesterov", "False, as the momentum is 0,")
     require(0 <= optim.warmup_steps < 2**31, "optim.warmup_steps", "a number from 0")
@@ -230,7 +247,7 @@ def _value(hint: Any, value: Any, key: str) -> Any:
     return value
 
 
-def _refuse(group: ConfigDict, name: str, keys: tuple[str, ...], why: str) -> None:
+def _refuse(group: ConfigDict, name: str, keys: Sequence[str], why: str) -> None:
     for key in keys:
         if key in group:
             raise ConfigError(f"config.{name}.{key} is a key that nothing reads: {why}.")

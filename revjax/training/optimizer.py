@@ -1,4 +1,4 @@
-"""SGD as residual networks are trained: momentum, decay, a rate that drops at given steps."""
+"""SGD as residual networks are trained, AdamW as Transformers are; a rate that drops by steps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -48,7 +48,14 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
     that of the line before, and starts at 0.
 
     The decay, the gradient of `weight_decay / 2 * ||w||^2`, is for convolution and dense kernels
-    alone, not for biases, nor for the scale and bias of BatchNorm; or for all of them.
+    alone, not for biases, nor for the scale and bias of a norm, nor positions; or for all of them.
+
+    That is "sgd". "adamw" is Loshchilov & Hutter 2019, algorithm 2, where the decay is no gradient:
+
+        m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
+        w <- w - rate(step) (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + 1e-8) + weight_decay w)
+
+    with b1 the momentum and b2 = 0.999, after t steps.
 
     Args:
         config: the rate's schedule, the momentum and the weight decay.
@@ -58,6 +65,13 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
         return jax.tree_util.tree_map_with_path(lambda path, _: is_kernel(path), params)
 
     mask = kernels if config.decay == "kernels" else None
+    if config.name == "adamw":
+        return optax.adamw(
+            learning_rate_schedule(config),
+            b1=config.momentum,
+            weight_decay=config.weight_decay,
+            mask=mask,
+        )
     return optax.chain(
         optax.add_decayed_weights(config.weight_decay, mask=mask),
         optax.sgd(learning_rate_schedule(config), config.momentum, config.nesterov),

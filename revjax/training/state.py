@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 
 from revjax.data import dataset_info
-from revjax.models import create_model
+from revjax.models import create_model, family_of
 from revjax.stage import StreamPeak
 from revjax.training.config import DTYPES, Config
 from revjax.training.errors import ConfigError
@@ -49,6 +49,7 @@ class Abstract(NamedTuple):
     statistics_graph: Any
     num_parameters: int
     has_stream: bool  # whether the model reports its largest |stream|
+    has_statistics: bool  # whether it has BatchNorm
 
 
 def build_model(config: Config) -> nnx.Module:
@@ -56,10 +57,10 @@ def build_model(config: Config) -> nnx.Module:
     model = config.model
     info = dataset_info(config.data.name, data_dir=config.data.dir)
     options: dict[str, Any] = {}
-    if model.name.startswith("revnet"):
+    if family_of(model.name) != "resnet":
         options["grid_bits"] = model.grid_bits
-    if model.units is not None:
-        options |= {"units": model.units, "filters": model.filters, "bottleneck": model.bottleneck}
+    if family_of(model.name) == "revvit":
+        options["image_size"] = info.image_shape[0]
     return create_model(
         model.name,
         info.num_classes,
@@ -67,6 +68,13 @@ def build_model(config: Config) -> nnx.Module:
         in_channels=info.image_shape[-1],
         backward=model.backward,
         dtype=DTYPES[model.dtype],
+        units=model.units,
+        filters=model.filters,
+        bottleneck=model.bottleneck,
+        depth=model.depth,
+        width=model.width,
+        heads=model.heads,
+        patch=model.patch,
         placement=model.placement,
         shortcut=model.shortcut,
         conventions=model.conventions,
@@ -95,7 +103,7 @@ def abstract_model(config: Config) -> Abstract:
     train_graph, params, variables = nnx.split(model, nnx.Param, ...)
     model.eval()
     eval_graph = nnx.graphdef(model)
-    model.set_attributes(deterministic=True, use_running_average=False)
+    model.set_attributes(deterministic=True, use_running_average=False, raise_if_not_found=False)
     for _, module in nnx.iter_modules(model):
         if isinstance(module, nnx.BatchNorm):
             module.momentum = 0.0  # averages become those of the last batch
@@ -105,6 +113,7 @@ def abstract_model(config: Config) -> Abstract:
         statistics_graph=nnx.graphdef(model),
         num_parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
         has_stream=bool(jax.tree.leaves(nnx.filter_state(variables, StreamPeak))),
+        has_statistics=bool(jax.tree.leaves(nnx.filter_state(variables, nnx.BatchStat))),
     )
 
 

@@ -50,12 +50,14 @@ def best_validation(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def summary_table(summary: dict[str, Any]) -> str:
     """Return the lines to print for a `summary.json`."""
     batches = summary["precise_bn_batches"]
-    statistics = f"precise BN, {batches} batches" if batches else "running averages"
+    statistics = f" (by precise BN, {batches} batches)" if batches else " (by running averages)"
+    if batches is None:  # a network without BatchNorm
+        statistics = ""
     lines = {
         "model": f"{summary['model']}, {summary['parameters']:,} parameters",
         "data": summary["data"],
         "steps": f"{summary['steps']:,}",
-        "test accuracy": f"{summary['test_accuracy']:.2%} (by {statistics})",
+        "test accuracy": f"{summary['test_accuracy']:.2%}{statistics}",
         "test error": f"{summary['test_error']:.2%}",
     }
     if best := summary.get("best_validation"):

@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,21 +57,26 @@ def load_run(flags: list[str]) -> tuple[Config, TrainState]:
     return config, restored.state
 
 
-def loss_and_gradient(
-    config: Config, state: TrainState, images: jax.Array, labels: jax.Array
-) -> tuple[float, np.ndarray]:
-    """The loss, and its gradient by the parameters as a vector."""
+def loss_and_gradient(config: Config) -> Callable[..., tuple[float, np.ndarray]]:
+    """A compiled `(state, images, labels)` to the loss and its gradient, as a vector.
+
+    The gradient is that by the parameters, of the network in training mode.
+    """
     graph = nnx.graphdef(nnx.eval_shape(lambda: build_model(config)))
     kept = nnx.BatchStat if config.model.grid_bits is None else ...  # else the stream's peak too
 
     @jax.jit
     @jax.value_and_grad
-    def compute(params, variables):
+    def compute(params, variables, images, labels):
         logits = nnx.merge(graph, params, variables, copy=True)(images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    loss, gradient = compute(state.params, nnx.filter_state(state.variables, kept))
-    return float(loss), flatten(gradient)
+    def of_state(state, images, labels):
+        variables = nnx.filter_state(state.variables, kept)
+        loss, gradient = compute(state.params, variables, images, labels)
+        return float(loss), flatten(gradient)
+
+    return of_state
 
 
 def main() -> None:
@@ -93,9 +99,8 @@ def main() -> None:
             model = dataclasses.replace(
                 config.model, backward=way, grid_bits=grid_bits, dtype=dtype
             )
-            losses[way], gradients[way] = loss_and_gradient(
-                dataclasses.replace(config, model=model), state, images, labels
-            )
+            compute = loss_and_gradient(dataclasses.replace(config, model=model))
+            losses[way], gradients[way] = compute(state, images, labels)
         errors = {
             f"{a} against {b}": relative_error(gradients[a], gradients[b])
             for a, b in (("remat", "store"), ("reversible", "store"), ("reversible", "remat"))

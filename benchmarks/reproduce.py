@@ -35,6 +35,7 @@ from revjax.training.interrupt import StopSignals
 from revjax.training.metrics import read_rows
 from revjax.training.workdir import FREE_KEYS, write_json
 
+sys.path.insert(0, str(ROOT))  # for what the files of configs/ share
 RECORDS = RESULTS / "reproduction.jsonl"
 CARRIED = 16  # MB, at most, of a folder that is to be carried between machines
 TO_END = 60  # seconds that a run may take to save and end

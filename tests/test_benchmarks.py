@@ -30,6 +30,11 @@ def run(*command):
         ("grid_bits.py untrained --smoke", "| (3, 3, 3) |"),
         ("memory_against_depth.py --depths 2 --png {tmp}/a.png --json {tmp}/a.json", "a list"),
         ("stochastic_depth.py --smoke", "| resnet1202, stochastic depth |"),
+        (
+            "drift_in_training.py digits --steps 2 --workdir {tmp}/runs "
+            "--png {tmp}/a.png --json {tmp}/a.json",
+            "no grid, bfloat16",
+        ),
         ("drift.py --depths 2 --seeds 1 --png {tmp}/a.png --json {tmp}/a.json", "| 2 blocks |"),
     ],
 )

@@ -125,7 +125,7 @@ class Checkpoints:
             if damage is not None:
                 damaged[step] = f"the checkpoint of step {step} is not whole: {damage}"
                 continue
-            restored = self._restore(step, template)
+            restored = self.restore(step, template)
             for step, sentence in damaged.items():
                 place = self.directory / str(step) if self._read_only else self._set_aside(step)
                 tell(f"{sentence}; it is left in {place}.")
@@ -137,7 +137,13 @@ class Checkpoints:
             )
         return None
 
-    def _restore(self, step: int, template: TrainState) -> Restored:
+    def restore(self, step: int, template: TrainState) -> Restored:
+        """Return the checkpoint of a step, which is not asked whether it is whole.
+
+        Args:
+            step: of a checkpoint that is there.
+            template: a state of the same structure, shapes and dtypes.
+        """
         arrays = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), template)
         restored: Any = self._manager.restore(
             step,

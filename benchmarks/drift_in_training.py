@@ -1,0 +1,143 @@
+"""Exactness in training: the error of the reversible gradient at every evaluation of a run.
+
+    python benchmarks/drift_in_training.py digits                      # minutes
+    python benchmarks/drift_in_training.py cifar10 [--data_dir DIR]    # an hour on two cores
+
+Four runs of train.py, on the grid and off it, with convolutions in float32 and in bfloat16. At the
+step of every evaluation the state is kept, and the gradient of a batch of training images by
+backward="reversible" is held against that by "store". Figures go to
+benchmarks/results/drift_in_training.json, the plot of both data sets to
+docs/drift_in_training.png. Called again it goes on where it ended.
+"""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from backward_ways import FORMS, loss_and_gradient
+from gradients import relative_error
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from record import RESULTS, ROOT, environment
+
+from revjax.data import load_dataset, normalize
+from revjax.training.checkpoints import Checkpoints
+from revjax.training.command_line import parse_arguments
+from revjax.training.config import check_config
+from revjax.training.metrics import read_rows
+from revjax.training.optimizer import make_optimizer
+from revjax.training.state import initial_state
+from revjax.training.step import put_on_device
+
+RUNS = {  # the config, and flags that make the run short
+    "digits": (
+        "configs/digits_revnet.py",
+        ["--config.steps=300", "--config.optim.boundaries=(180,255)", "--config.eval_every=20"],
+    ),
+    "cifar10": (
+        "configs/cifar10_revnet38.py",
+        [
+            "--config.steps=200",
+            "--config.optim.boundaries=(120,170)",
+            "--config.eval_every=20",
+            "--config.precise_bn_batches=2",
+            "--config.log_every=10",
+        ],
+    ),
+}
+BATCH = 100
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The gradient's error over a run of training.")
+    parser.add_argument("data", choices=list(RUNS))
+    parser.add_argument("--data_dir", help="where the prepared CIFAR-10 lies")
+    parser.add_argument("--steps", type=int, help="fewer, for a trial")
+    parser.add_argument("--workdir", type=Path, default=ROOT / "runs" / "drift_in_training")
+    parser.add_argument("--json", type=Path, default=RESULTS / "drift_in_training.json")
+    parser.add_argument("--png", type=Path, default=ROOT / "docs" / "drift_in_training.png")
+    arguments = parser.parse_args()
+    config, flags = RUNS[arguments.data]
+    if arguments.steps:
+        flags = [*flags, f"--config.steps={arguments.steps}", "--config.eval_every=1"]
+    if arguments.data_dir:
+        flags = [*flags, f"--config.data.dir={arguments.data_dir}"]
+    flags = ["--config", config, *flags]
+    forms = {}
+    for bits, dtype in FORMS:
+        label = f"{'no grid' if bits is None else f'grid 2^-{bits}'}, {dtype}"
+        own = [f"--config.model.grid_bits={bits}", f"--config.model.dtype={dtype}"]
+        workdir = arguments.workdir / f"{arguments.data}-{bits}-{dtype}"
+        forms[label] = errors_of_run([*flags, *own], workdir)
+        print(label, [row["gradient_error"] for row in forms[label]], flush=True)
+    record = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+    record[arguments.data] = {**environment(), "batch": BATCH, "config": config, "forms": forms}
+    arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    draw(record, arguments.png)
+
+
+def errors_of_run(flags: list[str], workdir: Path) -> list[dict[str, Any]]:
+    """Train, then hold the two gradients against each other at each step of an evaluation."""
+    arguments = parse_arguments(["", *flags])
+    assert not isinstance(arguments, str)
+    every = arguments.config.eval_every
+    # Every evaluation leaves a checkpoint, and all are kept.
+    keep = [f"--config.checkpoint_every={every}", "--config.keep_checkpoints=1000"]
+    command = [sys.executable, "train.py", *flags, *keep, "--workdir", str(workdir.absolute())]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    config = check_config(arguments.config)
+    data = put_on_device(config.data, load_dataset(config.data.name, data_dir=config.data.dir))
+    images = normalize(data["train"].images[:BATCH], data["train"].normalization)
+    labels = data["train"].labels[:BATCH]
+    compute = {
+        way: loss_and_gradient(
+            dataclasses.replace(config, model=dataclasses.replace(config.model, backward=way))
+        )
+        for way in ("reversible", "store")
+    }
+    initial = partial(initial_state, config, make_optimizer(config.optim))
+    template = jax.eval_shape(initial)
+    accuracies = {m["step"]: m["accuracy"] for m in read_rows(workdir) if m["split"] == "test"}
+    rows = []
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        for step in (0, *sorted(accuracies)):
+            state = checkpoints.restore(step, template).state if step else jax.jit(initial)()
+            (_, got), (loss, due) = (compute[way](state, images, labels) for way in compute)
+            row = {"step": step, "loss": loss, "gradient_error": relative_error(got, due)}
+            rows.append(row | {"test_accuracy": accuracies.get(step)})
+    return rows
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """The errors over the steps, a panel for each data set."""
+    figure = Figure(figsize=(5 * len(record), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(record), sharey=True, squeeze=False)[0]
+    for axes, run in zip(panels, record.values(), strict=True):
+        _panel(axes, run["forms"])
+        axes.set(title=Path(run["config"]).stem, xlabel="training step")
+    panels[0].set_ylabel("relative error of the gradient")
+    panels[-1].legend(loc="center right", fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def _panel(axes: Axes, forms: dict[str, list[dict[str, Any]]]) -> None:
+    for label, rows in forms.items():
+        steps, errors = [row["step"] for row in rows], [row["gradient_error"] for row in rows]
+        style = "-o" if label.startswith("grid") else "--s"
+        axes.plot(steps, errors, style, label=label, markersize=4, clip_on=False)
+    # Linear below, so that an error of zero has a place.
+    axes.set_yscale("symlog", linthresh=1e-9)
+    axes.set_ylim(0, 10)
+    axes.grid(alpha=0.3)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,9 @@
 """A reversible Vision Transformer on CIFAR-10: 12 blocks on 64 patches of 4x4 pixels.
 
 Command:   python train.py --config configs/cifar10_revvit.py
-Hardware:  not run to its end yet
+Hardware:  not run to its end yet; the first 20 steps on a 2-core CPU, JAX 0.10.2
 Time:      not run to its end yet
-Accuracy:  not run to its end yet
+Accuracy:  not run to its end yet; training loss 2.45 after 10 steps, 2.18 after 20
 n:         0 whole runs
 
 There is no published recipe for this size: it is AdamW with the decay and the drop path of Mangalam

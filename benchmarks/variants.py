@@ -53,7 +53,7 @@ def train(config: str, workdir: Path, flags: list[str]) -> dict[str, Any]:
         return {"failed": done.stderr.strip().splitlines()[-1]}
     summary = json.loads((workdir / "summary.json").read_text())
     kept = ("parameters", "steps", "test_loss", "test_accuracy", "wall_seconds", "stream_peak")
-    return {key: summary[key] for key in kept}
+    return {key: summary[key] for key in (*kept, "device", "versions")}  # of when it was run
 
 
 def digits_variants() -> list[str]:
@@ -111,12 +111,17 @@ def main() -> None:
     parser.add_argument("--source", help="the official files of CIFAR-10 on disk")
     parser.add_argument("--data_dir", help="where the prepared CIFAR-10 lies, or shall lie")
     parser.add_argument("--steps", type=int, help="fewer, for a trial; nothing is recorded then")
+    parser.add_argument("--only", help="one of the variants, for a trial, too")
     parser.add_argument("--workdir", type=Path, default=ROOT / "runs" / "variants")
     arguments = parser.parse_args()
     if arguments.data == "digits":
         cases = {name: (f"digits_resnet.py:{name}", []) for name in digits_variants()}
     else:
         cases = CIFAR10
+    if arguments.only:
+        if arguments.only not in cases:
+            sys.exit(f"variants.py: --only={arguments.only}: give one of {', '.join(cases)}.")
+        cases = {arguments.only: cases[arguments.only]}
     flags = [f"--config.steps={arguments.steps}"] if arguments.steps else []
     flags += [f"--config.data.source={arguments.source}"] if arguments.source else []
     flags += [f"--config.data.dir={arguments.data_dir}"] if arguments.data_dir else []
@@ -127,10 +132,10 @@ def main() -> None:
         print(table({label: results[label]}).splitlines()[-1], flush=True)
     if any("failed" in row for row in results.values()):
         sys.exit("variants.py: a run failed; nothing is recorded.")
-    if arguments.steps:
+    if arguments.steps or arguments.only:
         return
     path = RESULTS / f"variants_{arguments.data}.json"
-    path.write_text(json.dumps({**environment(), "runs": results}, indent=2) + "\n")
+    path.write_text(json.dumps({"date": environment()["date"], "runs": results}, indent=2) + "\n")
     path.with_suffix(".md").write_text(table(results))
     if arguments.data == "cifar10":
         draw(runs, ROOT / "docs" / "learning_curves.png")

@@ -29,6 +29,7 @@ def run(*command):
         ("throughput.py --smoke --json {tmp}/a.json", "| bare step, a call each |"),
         ("grid_bits.py untrained --smoke", "| (3, 3, 3) |"),
         ("memory_against_depth.py --depths 2 --png {tmp}/a.png --json {tmp}/a.json", "a list"),
+        ("variants.py digits --only original --steps 1 --workdir {tmp}/runs", "| original | "),
         ("stochastic_depth.py --smoke", "| resnet1202, stochastic depth |"),
         (
             "drift_in_training.py digits --steps 2 --workdir {tmp}/runs "

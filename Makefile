@@ -46,7 +46,7 @@ docs: $(VENV)/docs.stamp
 OUT := build/notebooks
 notebooks: $(VENV)/docs.stamp
 	printf '%s\n' notebooks/*.ipynb | xargs -P 2 -n 1 $(RUN) -m nbconvert --log-level ERROR \
-		--to notebook --execute --output-dir $(OUT) $(ARGS)
+		--to notebook --execute --ExecutePreprocessor.record_timing=False --output-dir $(OUT) $(ARGS)
 
 # What the others make first, alone.
 environment: $(VENV)/test.stamp
@@ -88,7 +88,7 @@ define install
 	@ls $(VENV)/*.stamp >/dev/null 2>&1 || { \
 	    python=$$($(find_python)) && "$$python" -m venv --clear $(VENV); }
 	@rm -f $(VENV)/*.stamp
-	@$(RUN) -m pip install -qq --disable-pip-version-check -e "$(1)"
+	@$(RUN) -m pip install -qq --no-compile --disable-pip-version-check -e "$(1)"
 endef
 
 $(VENV)/train.stamp: pyproject.toml

@@ -23,6 +23,7 @@ def test_committed_outputs(path):
     assert not re.search(r"/(home|root|tmp|work)/", text)
     notebook = json.loads(text)
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    assert not any(cell["metadata"] for cell in notebook["cells"])  # such as times
     first, *_ = notebook["cells"]
     assert first["cell_type"] == "markdown"
     assert first["source"][0].startswith("# ")

@@ -3,7 +3,7 @@
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -30,10 +30,32 @@ def integer(name: str, value: Any) -> int:
         raise ValueError(f"{name}={value!r}: give a positive integer.") from None
 
 
-def is_number(value: Any) -> bool:
-    """Whether `value` is a finite real number, NumPy's among them; a bool is none."""
+def number(
+    name: str,
+    value: Any,
+    due: str = "a finite number",
+    fits: Callable[[float], bool] = math.isfinite,
+) -> float:
+    """`value` as a float, if it is a finite real number, NumPy's among them, that fits.
+
+    Raises:
+        ValueError: it is none, or a bool; the sentence names it, and what is due.
+    """
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return real and math.isfinite(value)
+    try:
+        found = float(value) if real else math.nan
+    except OverflowError:  # of an integer or a fraction
+        found = math.inf
+    if math.isfinite(found) and fits(found):
+        return found
+    raise ValueError(f"{name}={value!r}: give {due}.")
+
+
+def one_of(name: str, value: Any, choices: Iterable[str]) -> str:
+    """`value`, or a ValueError that names it and the strings that it may be."""
+    if isinstance(value, str) and value in choices:
+        return value
+    raise ValueError(f"{name}={value!r}: give one of {', '.join(choices)}.")
 
 
 def check_architecture(

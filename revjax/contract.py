@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from revjax.coupling import Coupling
 from revjax.grid import round_to_grid
@@ -101,13 +100,19 @@ def _check_gates(gates, rank):
         return None, None
     check_pair("gates", gates, "Give (for f, for g), each bool or None.")
     for gate in gates:
-        array = isinstance(gate, bool | np.bool_ | np.ndarray | jax.Array)
-        is_bool = array and jnp.result_type(gate) == jnp.bool_
-        if gate is not None and not (is_bool and jnp.ndim(gate) == rank):
+        if gate is not None and not _is_bool(gate, rank):
             raise TypeError(
                 f"a gate must be bool{['[]', '[depth]'][rank]} or None, got {describe(gates)}."
             )
     return tuple(gates)
+
+
+def _is_bool(gate, rank):
+    try:
+        kind = jax.typeof(gate)
+    except TypeError:  # of a list, a string, an array of objects
+        return False
+    return kind.dtype == jnp.bool_ and kind.ndim == rank
 
 
 def residual_function(

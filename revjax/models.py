@@ -195,7 +195,7 @@ def create_model(
         >>> model(jnp.zeros((2, 8, 8, 3))).shape
         (2, 10)
     """
-    if name not in ARCHITECTURES and name not in FAMILIES:
+    if not isinstance(name, str) or name not in (*ARCHITECTURES, *FAMILIES):
         raise ValueError(
             f"There is no model {name!r}: name one of {', '.join(list_models())}, or "
             '"resnet", "revnet" or "revvit" for an architecture of your own.'

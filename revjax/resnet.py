@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from revjax.architecture import check_architecture, check_images, integer
+from revjax.architecture import check_architecture, check_images, integer, one_of
 from revjax.conventions import CONVENTIONS
 from revjax.layers import (
     Activation,
@@ -171,10 +171,8 @@ class ResNet(nnx.Module):
             unroll=unroll,
             ways=("store", "remat"),
         )
-        if placement not in tuple(PLACEMENTS):
-            raise ValueError(f"placement={placement!r}: give one of {', '.join(PLACEMENTS)}.")
-        if conventions not in tuple(CONVENTIONS):
-            raise ValueError(f"conventions={conventions!r}: give one of {', '.join(CONVENTIONS)}.")
+        one_of("placement", placement, PLACEMENTS)
+        one_of("conventions", conventions, CONVENTIONS)
         shortcut = check_shortcut(shortcut)
         num_classes = integer("num_classes", num_classes)
         self.in_channels = in_channels = integer("in_channels", in_channels)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from revjax.architecture import is_number
+from revjax.architecture import number, one_of
 from revjax.layers import Activation, Conv, stream_dtype
 from revjax.residual import PLACEMENTS
 
@@ -51,20 +51,14 @@ class Shortcut:
 
     def checked(self) -> "Shortcut":
         """This with defaults filled in, or a ValueError that says what is wrong with it."""
-        if self.kind not in tuple(NUMBERS):
-            raise ValueError(f"shortcut kind {self.kind!r}: give one of {', '.join(NUMBERS)}.")
-        read = NUMBERS[self.kind]
+        numbers = dict(NUMBERS[one_of("shortcut kind", self.kind, NUMBERS)])
         for name, value in dataclasses.asdict(self).items():
             if name == "kind" or value is None:
                 continue
-            if name not in read:
+            if name not in numbers:
                 raise ValueError(f"shortcut {name}={value!r}: {self.kind} does not read it.")
-            if not is_number(value):
-                raise ValueError(f"shortcut {name}={value!r}: give a finite number.")
-        if self.rate is not None and not 0 <= self.rate < 1:
-            raise ValueError(f"shortcut rate={self.rate!r}: give a number from 0 to below 1.")
-        defaults = {name: value for name, value in read.items() if getattr(self, name) is None}
-        return dataclasses.replace(self, **defaults)
+            numbers[name] = number(f"shortcut {name}", value, *RANGES.get(name, ()))
+        return dataclasses.replace(self, **numbers)
 
 
 NUMBERS = {
@@ -76,6 +70,9 @@ NUMBERS = {
     "dropout": {"rate": 0.5},
 }
 """The numbers that each kind of shortcut reads, and what they are by default."""
+
+RANGES: dict[str, Any] = {"rate": ("a number from 0 to below 1", lambda rate: 0 <= rate < 1)}
+"""What not every finite number will do for."""
 
 
 def check_shortcut(how: Any) -> Shortcut:

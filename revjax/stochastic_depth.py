@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from revjax.architecture import integer, is_number
+from revjax.architecture import integer, number
 from revjax.gate import run_if
 from revjax.trees import PyTree
 
@@ -75,12 +75,12 @@ def survival_probabilities(num_residuals: int, p_last: float, mode: str = "linea
         array([0.875, 0.75 , 0.625, 0.5  ])
     """
     num_residuals = integer("num_residuals", num_residuals)
-    if not (is_number(p_last) and 0 < p_last <= 1):
-        raise ValueError(f"p_last={p_last!r}: give a survival probability above 0, at most 1.")
+    due = "a survival probability above 0, at most 1"
+    p_last = number("p_last", p_last, due, lambda p: 0 < p <= 1)
     if mode not in ("linear", "uniform"):
         raise ValueError(f'mode={mode!r}: give "linear" or "uniform".')
     if mode == "uniform":
-        return np.full(num_residuals, float(p_last))
+        return np.full(num_residuals, p_last)
     return 1 - np.arange(1, num_residuals + 1) / num_residuals * (1 - p_last)
 
 

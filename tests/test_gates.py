@@ -207,6 +207,7 @@ def dense(w, x):
         ((STACK, STACK), (OPEN[:, None], None), TypeError, r"bool\[depth\] .* \(bool\[4,1\]"),
         ((STACK, STACK), (OPEN[0], None), TypeError, r"bool\[depth\] .* \(bool\[\], None\)"),
         ((STACK, STACK), ([True] * DEPTH, None), TypeError, r"a gate must be bool\[depth\]"),
+        ((STACK, STACK), (np.array([True, None] * 2), None), TypeError, r"got \(object\[4\], None"),
         ((STACK, STACK), ("ab", None), TypeError, r"a gate must be bool\[depth\]"),
         ((STACK, STACK), OPEN, TypeError, r"gates must be a pair.*Give \(for f, for g\)"),
         ((STACK, STACK), (OPEN, OPEN[:3]), ValueError, r"gates must have the depth .*bool\[3\]"),

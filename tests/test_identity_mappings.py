@@ -308,21 +308,31 @@ def test_initialisation(conventions):
     [
         (dict(placement="middle"), "placement='middle': give one of original, "),
         (dict(placement=["original"]), r"placement=\['original'\]: give one of original, "),
-        (dict(shortcut=Shortcut(["dropout"])), r"shortcut kind \['dropout'\]: give one of"),
-        (dict(shortcut=Shortcut("dropout", rate=True)), "shortcut rate=True: give a finite"),
-        (dict(shortcut="gating"), "shortcut kind 'gating': give one of identity, "),
+        (dict(shortcut=Shortcut(["dropout"])), r"shortcut kind=\['dropout'\]: give one of"),
+        (dict(shortcut=Shortcut("dropout", rate=True)), "shortcut rate=True: give a number"),
+        (dict(shortcut="gating"), "shortcut kind='gating': give one of identity, "),
         (dict(shortcut=Shortcut("identity", rate=0.5)), "rate=0.5: identity does not read it"),
         (dict(shortcut=Shortcut("dropout", rate=1.0)), "rate=1.0: give a number from 0 to below 1"),
         (
             dict(shortcut=Shortcut("constant_scaling", scale=math.nan)),
             "scale=nan: give a finite number",
         ),
+        (dict(shortcut=Shortcut("exclusive_gating", gate_bias=10**400)), "give a finite number"),
         (dict(conventions="mine"), "conventions='mine': give one of revnet, "),
+        (dict(conventions=["revnet"]), r"conventions=\['revnet'\]: give one of revnet, "),
+        (dict(backward=["store"]), r"backward=\['store'\]: give one of store, remat"),
     ],
 )
 def test_what_a_resnet_refuses(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         create_model("resnet32", 10, rngs=nnx.Rngs(0), **options)
+
+
+def test_numbers_of_a_shortcut_may_be_numpys():
+    """They come back as Python's, which take the dtype of any stream."""
+    given = Shortcut("constant_scaling", scale=np.float32(0.25), branch_scale=np.int32(2)).checked()
+    assert given == Shortcut("constant_scaling", scale=0.25, branch_scale=2.0)
+    assert type(given.scale) is type(given.branch_scale) is float
 
 
 def test_a_shortcut_is_a_name_or_a_record():

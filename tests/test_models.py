@@ -535,6 +535,7 @@ OWN = dict(units=(2,), filters=(8, 8))
     "name, options, error, sentence",
     [
         ("revnet39", {}, ValueError, "no model 'revnet39': name one of resnet32, "),
+        (["revnet38"], {}, ValueError, r"no model \['revnet38'\]: name one of"),
         (
             "resnet32",
             dict(backward="reversible"),

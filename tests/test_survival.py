@@ -85,6 +85,7 @@ def test_numbers_of_numpy_are_numbers():
         ((3, 1.5), "p_last=1.5: give a survival"),
         ((3, float("nan")), "p_last=nan: give a survival"),
         ((3, True), "p_last=True: give a survival"),
+        ((3, 10**400), "p_last=10*: give a survival"),
         ((3, "half"), "p_last='half': give a survival"),
         ((3, 0.5, "cosine"), 'mode=\'cosine\': give "linear" or "uniform"'),
     ],

@@ -2,11 +2,13 @@
 
 import numpy as np
 
+from revjax.data.load import DATASETS
+
 # The sets whose rule also says how many: of SVHN, 400 of each digit of `train`, 200 of `extra`.
 _SVHN_QUOTAS = {"train": 400, "extra": 200}
 HOLD_OUT_SIZES = {"svhn_cropped+extra": 10 * sum(_SVHN_QUOTAS.values())}
 
-_SVHN_TRAIN_SIZE = 73_257  # `extra` comes after them
+_SVHN_TRAIN_SIZE = DATASETS["svhn_cropped"].train_size  # `extra` comes after them
 # A seed and an epoch, as in the order of examples, which no run follows this far.
 _KEY = np.array([0, 2**64 - 1], np.uint64)
 

@@ -50,9 +50,7 @@ class ModelConfig:
     name: str
     backward: str  # "reversible", "remat" or "store"
     dtype: str  # of the residual functions: "float32" or "bfloat16"
-    grid_bits: int | None = (
-        None  # reversible networks only: the stream's grid 2^-k; None: plain float
-    )
+    grid_bits: int | None = None  # reversible networks only: the grid 2^-k; None: plain float
     units: tuple[int, ...] | None = None  # the generic names only: units of each stage
     filters: tuple[int, ...] | None = None  # the same: the stem's width, then each stage's
     bottleneck: bool | None = None  # the same

@@ -13,7 +13,7 @@ comma := ,
 VENV := .venv$(if $(PYTHON),-$(notdir $(PYTHON)))
 RUN := $(VENV)/bin/python
 # Tests run side by side; ARGS="-n 0" runs them in one process, for a debugger.
-PYTEST := $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
+PYTEST := $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 CORE := tests/test_coupling.py tests/test_reversible.py tests/test_conv.py tests/test_models.py \
 	tests/test_recompute.py
 

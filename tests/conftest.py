@@ -1,6 +1,7 @@
 """Every test runs on four CPU devices under JAX's strict promotion rules."""
 
 import os
+import re
 
 # Set before JAX starts, and inherited by the processes that tests start. JAX_PLATFORMS may be set
 # to run the suite on an accelerator. NPROC sizes XLA's thread pool: with fewer cores than devices,
@@ -12,21 +13,37 @@ os.environ["NPROC"] = "8"
 import jax
 import pytest
 
-# The tests of what optimised programs do: their bits, and their memory.
-OPTIMISED = ("conv", "coupling", "gates", "memory", "models", "recompute", "reversible")
+# The tests of what optimised programs do, of their bits and their memory, are compiled with all
+# optimisation. The programs of others run once: what it would save is less than it takes.
+OPTIMISED = re.compile(
+    "test_memory.py|exact|bits|inverse|narrow|end_to_end|bfloat16|memory|flat|drift|layout|at_once"
+)
+jax.config.update("jax_disable_most_optimizations", True)
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for the processes that tests start
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_fast(request):
-    """Compile the programs of other tests without optimisation: they run once, in the end."""
-    if request.module.__name__.removeprefix("test_") in OPTIMISED:
-        yield
-        return
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for the processes that they start
-    jax.config.update("jax_disable_most_optimizations", True)
+# The files that take longest, in their order.
+LONGEST = ("train", "reversible", "identity_mappings", "models", "stochastic_depth", "docstrings")
+LONGEST += ("readme", "memory", "training_step", "stage", "examples", "gates", "check", "revvit")
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with them, so that no process is left alone with one at the end."""
+
+    def place(item):
+        name = item.path.stem.removeprefix("test_")
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+
+
+@pytest.fixture(autouse=True)
+def optimise(request):
+    """Let the programs of `OPTIMISED` tests be compiled as users have them."""
+    chosen = OPTIMISED.search(request.node.nodeid) is not None
+    jax.config.update("jax_disable_most_optimizations", not chosen)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 jax.config.update("jax_num_cpu_devices", 4)

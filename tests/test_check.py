@@ -139,9 +139,9 @@ def test_what_the_chain_refuses_is_refused():
 
 
 def test_drift_has_a_row_for_every_dtype_grid_and_depth():
-    found = drift(dense, dense, PARAMS, X, dtypes=["float32", jnp.bfloat16], depths=(1, 3))
+    found = drift(dense, dense, PARAMS, X, dtypes=["float32"], depths=(1, 3))
     forms = [row[:3] for row in found.rows]
-    assert forms == list(itertools.product(("float32", "bfloat16"), (None, 14), (1, 3)))
+    assert forms == list(itertools.product(("float32",), (None, 14), (1, 3)))
     for row in found.rows:
         assert (row.inverse_error == 0) == (row.grid_bits is not None)
         assert row.gradient_error < 1e-6
@@ -150,7 +150,7 @@ def test_drift_has_a_row_for_every_dtype_grid_and_depth():
         dense, dense, jax.tree.map(lambda w: w[:1], PARAMS), X, grid_bits=None
     ).inverse_error
     assert found.rows[0].inverse_error == due
-    assert "bfloat16, grid 2^-14" in str(found)
+    assert "float32, grid 2^-14" in str(found)
 
 
 def test_drift_computes_in_the_dtype():
@@ -160,7 +160,9 @@ def test_drift_computes_in_the_dtype():
         seen.update({w.dtype, x.dtype, shift.dtype})
         return dense(w, x) + shift
 
-    drift(spy, spy, PARAMS, X, normal(3, 1, 1), dtypes=["bfloat16"], grid_bits=[14], depths=[1])
+    how: Any = dict(dtypes=[jnp.bfloat16], grid_bits=[14], depths=[1])
+    found = drift(spy, spy, PARAMS, X, normal(3, 1, 1), **how)
+    assert found.rows[0][:3] == ("bfloat16", 14, 1)
     assert seen == {jnp.dtype(jnp.bfloat16)}
 
 

@@ -158,9 +158,19 @@ class Oracle:
         return x @ v["head"]["dense"]["kernel"] + v["head"]["dense"]["bias"], v
 
 
+ALIKE = ("shortcut_only_gating", "convolution")  # exclusive gating and projections have it all
 CASES = [
     *[(False, placement, Shortcut(), "revnet") for placement in BASIC if placement[0] != "f"],
-    *[(False, "original", shortcut, "identity_mappings") for shortcut in SHORTCUTS],
+    *[
+        pytest.param(
+            False,
+            "original",
+            shortcut,
+            "identity_mappings",
+            marks=[pytest.mark.slow] if shortcut.kind in ALIKE else [],
+        )
+        for shortcut in SHORTCUTS
+    ],
     (True, "full_preactivation", Shortcut(), "identity_mappings"),
     pytest.param(True, "original", Shortcut(), "identity_mappings", marks=pytest.mark.slow),
     pytest.param(

@@ -250,6 +250,7 @@ def test_command_of_a_transformer(capsys, monkeypatch):
     assert str(end).startswith("revjax.memory: image_size=40 and patch=16: give a patch that")
 
 
+@pytest.mark.slow
 def test_largest_batch_and_plot(capsys, monkeypatch, tmp_path):
     """Of all ways, with compiling replaced by a formula."""
 

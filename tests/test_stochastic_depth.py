@@ -202,7 +202,12 @@ def resnet_due(style):
 
 
 @pytest.mark.parametrize(
-    "style, backward", [("original", "store"), ("full", "store"), ("original", "remat")]
+    "style, backward",
+    [
+        ("original", "store"),
+        pytest.param("full", "store", marks=pytest.mark.slow),
+        ("full", "remat"),
+    ],
 )
 def test_a_resnet_trains_its_open_functions(style, backward):
     """Logits, gradients and statistics; the shortcut of a closed function runs."""

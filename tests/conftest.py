@@ -19,7 +19,6 @@ OPTIMISED = re.compile(
     "test_memory.py|exact|bits|inverse|narrow|end_to_end|bfloat16|memory|flat|drift|layout|at_once"
 )
 jax.config.update("jax_disable_most_optimizations", True)
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for the processes that tests start
 
 
 # The files that take longest, in their order.

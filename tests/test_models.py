@@ -307,7 +307,10 @@ def test_ways_give_the_same_bits_but_for_gradients(backward):
     chex.assert_trees_all_equal((got.loss, got.logits), (due.loss, due.logits))
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 5e-6), ("bfloat16", 1e-6)])
+@pytest.mark.parametrize(
+    "dtype, tolerance",
+    [pytest.param("float32", 5e-6, marks=pytest.mark.slow), ("bfloat16", 1e-6)],
+)
 def test_reconstructed_gradients_in_narrow_types(dtype, tolerance):
     got, due = train("revnet", dtype, "reversible"), train("revnet", dtype, "store")
     chex.assert_trees_all_equal(got.variables, due.variables)
@@ -336,6 +339,7 @@ def compare_named(name, side):
     assert relative_error(got.gradient, due.gradient) <= 5e-6
 
 
+@pytest.mark.slow
 def test_revnet38_end_to_end():
     compare_named("revnet38", 8)
 

@@ -386,7 +386,7 @@ def gradient_error(depth, **options):
         )
 
 
-@pytest.mark.parametrize("depth", [3, pytest.param(100, marks=pytest.mark.slow), 300])
+@pytest.mark.parametrize("depth", [pytest.param(3, marks=pytest.mark.slow), 300])
 def test_gradients_on_the_grid_are_exact_at_any_depth(depth):
     assert gradient_error(depth) <= 5e-6
     assert gradient_error(depth, compute=jnp.bfloat16) <= 1e-6

@@ -260,6 +260,7 @@ def small():
 
 
 @jax.numpy_dtype_promotion("standard")  # optax's Adam is not strict
+@pytest.mark.slow
 def test_it_learns():
     """Sixty steps of AdamW on as many scans as fit a batch, with a narrow network."""
     digits = load_dataset("digits")

@@ -61,6 +61,7 @@ def test_the_split_is_the_same_whatever_numpy_does():
     np.testing.assert_array_equal(digits.test_images.reshape(-1, 64) // 15, held_out)
 
 
+@pytest.mark.slow
 def test_the_digits_need_no_tensorflow_datasets():
     code = (
         "import sys; from revjax.data import load_dataset; load_dataset('digits');"

@@ -268,7 +268,7 @@ def script(code, archive, data_dir, *more):
 
 
 @pytest.mark.parametrize("archive", ["cifar100"], indirect=True)
-@pytest.mark.parametrize("installed", [False, True])
+@pytest.mark.parametrize("installed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_tensorflow_is_never_imported(archive, data_dir, installed, tmp_path):
     package = tmp_path / "site" / ("tensorflow" if installed else "nothing")
     package.mkdir(parents=True)
@@ -563,6 +563,7 @@ def test_another_process_is_first(archive, data_dir, monkeypatch):
     assert left == {"3.0.2"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("archive", ["cifar10"], indirect=True)
 def test_processes_at_once(archive, data_dir):
     code = f"""{PATCH}

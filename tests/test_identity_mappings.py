@@ -247,9 +247,8 @@ def small(**options) -> Any:
     return create_model("resnet", CLASSES, rngs=nnx.Rngs(0), units=(3,), filters=(4, 4), **options)
 
 
-@pytest.mark.parametrize(
-    "kind", ["dropout", pytest.param("exclusive_gating", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dropout", "exclusive_gating"])
 def test_remat_is_the_same(kind):
     """The same draws in the recomputation."""
 

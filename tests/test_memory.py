@@ -201,6 +201,7 @@ def bytes_of_step(name, backward, batch, **options):
     return memory_report(step, *operands, compiler_options=FAST)
 
 
+@pytest.mark.slow
 def test_revnet110_needs_little():
     """A whole training step: 1/14 of stored, 1/2.8 of remat, 1.34 of the operations."""
     found = {way: bytes_of_step("revnet110", way, 100) for way in ("store", "remat", "reversible")}

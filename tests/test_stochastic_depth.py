@@ -234,7 +234,7 @@ def test_a_revnet_trains_its_open_functions(backward):
         check_closed("revnet", got, ran, draw_arrays(network), draws("revnet", key))
 
 
-@pytest.mark.parametrize("name", ["resnet", "revnet"])
+@pytest.mark.parametrize("name", ["resnet", pytest.param("revnet", marks=pytest.mark.slow)])
 def test_gates_of_each_image(name):
     """Every function runs, times mask / p_l."""
     size = dict(units=(2,), filters=(4, 4))

@@ -52,6 +52,8 @@ def main() -> None:
     flags = [f"--config.data.source={arguments.source}"] if arguments.source else []
     flags += [f"--config.data.dir={arguments.data_dir}"] if arguments.data_dir else []
     failed = []
+    keys = ("table", "row", "seed", "config_hash", "complete")
+    done = {tuple(record[key] for key in keys) for record in read_records(arguments.records)}
     with StopSignals() as stop:
         end = time.monotonic() + arguments.budget
 
@@ -60,10 +62,11 @@ def main() -> None:
 
         for seed in arguments.seeds:
             for name, row in arguments.rows.items():
-                workdir = arguments.workdir / arguments.table / f"{name}-{seed}"
-                record = None if over() else run_slice(row, seed, flags, workdir, over)
-                if record is None:
+                due = (arguments.table, name, seed, config_hash(row), True)
+                if over() or due in done:
                     continue
+                workdir = arguments.workdir / arguments.table / f"{name}-{seed}"
+                record = run_slice(row, seed, flags, workdir, over)
                 record = {"table": arguments.table, "row": name, "seed": seed, **record}
                 with arguments.records.open("a") as file:
                     file.write(json.dumps(record) + "\n")
@@ -78,12 +81,13 @@ def main() -> None:
 
 def run_slice(
     row: Row, seed: int, flags: list[str], workdir: Path, over: Callable[[], bool]
-) -> Record | None:
-    """Run a row until it is complete or its time is over. None: it was complete before."""
+) -> Record:
+    """Run a row until it is complete or its time is over, and say where it stands.
+
+    Of one that was complete before, train.py says so, or that it was of another config.
+    """
     flags = [*command_line(row), f"--config.seed={seed}", "--config.keep_checkpoints=1", *flags]
     due = config_of(flags)["steps"]
-    if complete(workdir, due):
-        return None
     began = time.monotonic()
     errors, code = train([*flags, f"--workdir={workdir.absolute()}"], over)
     place = environment()
@@ -110,7 +114,13 @@ def run_slice(
         "folder_megabytes": megabytes(workdir),
         **place,
     }
-    return record | ({"failed": errors.strip().splitlines()[-1]} if code > 0 else {})
+    if complete(workdir, due):
+        best = json.loads((workdir / "summary.json").read_text()).get("best_validation")
+        if best:  # what Huang et al. 2016 report
+            record["test_error_at_best_validation"] = round(100 * best["test_error"], 4)
+    if code:
+        record["failed"] = (errors.strip().splitlines() or [f"exit code {code}"])[-1]
+    return record
 
 
 def train(flags: list[str], over: Callable[[], bool]) -> tuple[str, int]:
@@ -133,7 +143,7 @@ def train(flags: list[str], over: Callable[[], bool]) -> tuple[str, int]:
                 child.terminate()
                 patience = time.monotonic() + TO_END
             elif patience is not None and time.monotonic() > patience:
-                child.kill()  # what it saved before is whole
+                child.kill()  # what it saved before is whole, and told as failed
 
 
 def complete(workdir: Path, due: int) -> bool:
@@ -197,7 +207,8 @@ def report(table: str, records: list[Record]) -> str:
         now = config_hash(row)
         newest = {r["seed"]: r for r in records if (r["table"], r["row"]) == (table, name)}
         runs = [r for r in newest.values() if r["config_hash"] == now]
-        errors = [r["test_error_last"] for r in runs if r["complete"]]
+        last = "test_error_last"
+        errors = [r.get("test_error_at_best_validation", r[last]) for r in runs if r["complete"]]
         mean = statistics.fmean(errors) if errors else None
         difference = ""
         if mean is not None and isinstance(row.published, float):

@@ -36,7 +36,7 @@ class ReversibilityReport:
     num_parameters: int
     stream: str  # structure, dtypes and shapes of the two halves
     grid_bits: int | None
-    repeats: tuple[bool, bool]  # whether f, and g, gave the same bits in two programs
+    repeats: tuple[bool, bool]  # whether f, and g, of the first block gave the same bits twice
     finite: bool  # values and gradients
     stream_peak: float  # largest |stream|
     stream_bound: float  # up to which the grid is exact; infinite without a grid
@@ -50,7 +50,11 @@ class ReversibilityReport:
 
     @property
     def ok(self) -> bool:
-        """Whether there is nothing to mend. Without a grid, errors of the inverse are none."""
+        """Whether there is nothing to mend.
+
+        Without a grid, errors of the inverse and of the gradient do not count, since they are due;
+        nor does a gradient that differs from the stored one alone, see `rounding_alone`.
+        """
         return not any(problem for *_, problem in self._lines())
 
     def __str__(self) -> str:

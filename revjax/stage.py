@@ -15,7 +15,7 @@ from revjax.grid import GridBits
 from revjax.layers import pure, stack
 from revjax.reversible import Backward, Pair, apply_chains, rev_chain_inverse
 from revjax.stochastic_depth import apply_gated
-from revjax.trees import PyTree
+from revjax.trees import PyTree, is_inexact
 
 StageGates = tuple[jax.Array | None, jax.Array | None]  # for F and G, [depth, ...]; None: all run
 
@@ -84,10 +84,15 @@ class ReversibleStage(nnx.Module):
         self.coupling = check_coupling(coupling)
         self.grid_bits: GridBits = grid_bits
         self.backward: Backward = check_backward(backward)
-        self.unroll = unroll
+        self.unroll = unroll if unroll is True else integer("unroll", unroll)
         self.deterministic = False  # set by train() and eval()
         self.f = _members("f", f, self.depth, rngs)
         self.g = _members("g", g, self.depth, rngs)
+        if self.f is self.g and jax.tree.leaves(nnx.state(self.f, nnx.Not(nnx.Param))):
+            raise ValueError(
+                "f and g are one module, whose statistics or random streams would move for one of "
+                "them alone: give a module to each."
+            )
         bits = coupling.grid_bits if grid_bits == "default" else grid_bits
         self.peak = None if bits is None else StreamPeak(jnp.zeros((), jnp.float32))
 
@@ -140,6 +145,12 @@ class ReversibleStage(nnx.Module):
         watch is called with the state before and after each call of a module.
         """
         gates = check_pair("gates", gates)
+        for gate in gates:
+            if gate is not None and not _is_drawn(gate) and not is_inexact(gate):
+                raise TypeError(
+                    f"a gate of {jnp.result_type(gate)}: give bool for functions that run or do "
+                    "not, or floating factors of the residuals."
+                )
         number = (2,) if self.depth is None else (self.depth, 2)
         keys = None if key is None else jax.random.split(key, number)
         both = [pure(self.f), pure(self.g)]

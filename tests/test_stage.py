@@ -247,6 +247,7 @@ WRONG = [
     (TypeError, r"coupling='affine'", (Plain, Plain, 2), {"coupling": "affine"}),
     (ValueError, r"depth=0: give a positive integer", (Plain, Plain, 0), {}),
     (ValueError, r"backward='stored': give one of", (Plain, Plain), {"backward": "stored"}),
+    (ValueError, r"unroll='all': give a positive", (Plain, Plain), {"unroll": "all"}),
     (ValueError, r"f is a single module, and depth=2", (Plain(nnx.Rngs(0)), Plain, 2), {}),
 ]
 
@@ -255,3 +256,16 @@ WRONG = [
 def test_wrong_arguments_are_refused_in_a_sentence(error, message, args, options):
     with pytest.raises(error, match=message):
         ReversibleStage(*args, **({"rngs": rngs()} | options))
+
+
+def test_one_module_for_both_has_no_state(drawn):
+    keyed = Keyed(rngs())
+    with pytest.raises(ValueError, match="f and g are one module, whose statistics"):
+        ReversibleStage(keyed, keyed)
+    plain = Plain(rngs())
+    assert ReversibleStage(plain, plain).f is plain
+
+
+def test_gates_of_integers_are_refused(drawn):
+    with pytest.raises(TypeError, match="a gate of int32: give bool"):
+        drawn(stream(), gates=(jnp.array([1, 0, 1]), None))

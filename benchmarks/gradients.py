@@ -5,14 +5,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from revjax.check import relative_error as relative_error
+
 
 def flatten(tree: Any) -> np.ndarray:
     """All leaves as one float64 vector."""
     return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
-
-
-def relative_error(found: np.ndarray, due: np.ndarray) -> float:
-    return float(np.linalg.norm(found - due) / np.linalg.norm(due))
 
 
 def shown_error(value: float) -> str:

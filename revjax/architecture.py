@@ -58,6 +58,11 @@ def one_of(name: str, value: Any, choices: Iterable[str]) -> str:
     raise ValueError(f"{name}={value!r}: give one of {', '.join(choices)}.")
 
 
+def check_unroll(unroll: Any) -> int | bool:
+    """`unroll` as `lax.scan` takes it, or a ValueError unless it is True or a positive integer."""
+    return True if unroll is True else integer("unroll", unroll)
+
+
 def check_architecture(
     units: Sequence[int],
     filters: Sequence[int],
@@ -80,8 +85,7 @@ def check_architecture(
     """
     units, filters = integers("units", units), integers("filters", filters)
     check_backward(backward, ways)
-    if unroll is not True:
-        integer("unroll", unroll)
+    check_unroll(unroll)
     if len(filters) != len(units) + 1:
         raise ValueError(
             f"filters={filters} and units={units}: give one width more than stages, the first for "

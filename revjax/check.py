@@ -44,9 +44,8 @@ class ReversibilityReport:
     inverse_wrong: int  # elements of x that the inverse did not give back
     gradient_error_params: float  # |reversible - stored| / |stored|, of all parameters together
     gradient_error_x: float  # the same of x
-    rounding_alone: (
-        bool  # the errors are more than is due, and yet backward="remat" has the same gradient
-    )
+    # The errors are more than is due, and yet backward="remat" has the same gradient.
+    rounding_alone: bool
 
     @property
     def ok(self) -> bool:

@@ -108,8 +108,6 @@ class RevViT(nnx.Module):
         patch = integer("patch", patch)
         self.image_size = image_size = integer("image_size", image_size)
         self.in_channels = in_channels = integer("in_channels", in_channels)
-        if unroll is not True:
-            integer("unroll", unroll)
         if width % heads:
             raise ValueError(
                 f"width={width} and heads={heads}: give a width that can be split among the heads."
@@ -160,7 +158,6 @@ class RevViT(nnx.Module):
         )
         if gates is None:
             return None, None
-        gates = gates.reshape(
-            gates.shape[:4]
-        )  # by images, [2 depth, B, 1, 1]: tokens have one axis
+        # Of each image they are [2 depth, B, 1, 1, 1], and tokens have an axis less than images.
+        gates = gates.reshape(gates.shape[:4])
         return gates[0::2], gates[1::2]

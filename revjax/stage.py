@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from revjax.architecture import integer
+from revjax.architecture import check_unroll, integer
 from revjax.contract import check_backward, check_coupling, check_pair
 from revjax.coupling import Coupling, additive
 from revjax.grid import GridBits
@@ -84,7 +84,7 @@ class ReversibleStage(nnx.Module):
         self.coupling = check_coupling(coupling)
         self.grid_bits: GridBits = grid_bits
         self.backward: Backward = check_backward(backward)
-        self.unroll = unroll if unroll is True else integer("unroll", unroll)
+        self.unroll = check_unroll(unroll)
         self.deterministic = False  # set by train() and eval()
         self.f = _members("f", f, self.depth, rngs)
         self.g = _members("g", g, self.depth, rngs)

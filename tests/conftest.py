@@ -1,7 +1,6 @@
 """Every test runs on four CPU devices under JAX's strict promotion rules."""
 
 import os
-import re
 
 # Set before JAX starts, and inherited by the processes that tests start. JAX_PLATFORMS may be set
 # to run the suite on an accelerator. NPROC sizes XLA's thread pool: with fewer cores than devices,
@@ -13,11 +12,7 @@ os.environ["NPROC"] = "8"
 import jax
 import pytest
 
-# The tests of what optimised programs do, of their bits and their memory, are compiled with all
-# optimisation. The programs of others run once: what it would save is less than it takes.
-OPTIMISED = re.compile(
-    "test_memory.py|exact|bits|inverse|narrow|end_to_end|bfloat16|memory|flat|drift|layout|at_once"
-)
+# The programs of most tests run once: what optimisation would save is less than it takes.
 jax.config.update("jax_disable_most_optimizations", True)
 
 
@@ -38,9 +33,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def optimise(request):
-    """Let the programs of `OPTIMISED` tests be compiled as users have them."""
-    chosen = OPTIMISED.search(request.node.nodeid) is not None
-    jax.config.update("jax_disable_most_optimizations", not chosen)
+    """Let the programs of tests that are marked `optimised` be compiled as users have them."""
+    marked = request.node.get_closest_marker("optimised") is not None
+    jax.config.update("jax_disable_most_optimizations", not marked)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
 

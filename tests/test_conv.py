@@ -15,6 +15,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from networks import COMPILE_FAST
 
 from revjax.conv import conv
 
@@ -28,8 +29,6 @@ CASES = {  # images [B, H, W, C_in], kernel [height, width, C_in, C_out], stride
     "7x7, kernel beyond the images": ((1, 3, 4, 2), (7, 7, 2, 3), 1),
     "3x2 stride 3, one channel": ((2, 8, 7, 1), (3, 2, 1, 1), 3),
 }
-
-COMPILE_FAST = {"xla_backend_optimization_level": 0}
 
 
 def lax_conv(x, kernel, *, stride):
@@ -117,6 +116,7 @@ def test_gradient_of_vmap_over_images():
         chex.assert_trees_all_close(gradient(conv), gradient(lax_conv), rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_narrow_types(dtype):
     """Value and gradients keep the dtype, and are the float32 ones to its rounding."""
@@ -169,6 +169,7 @@ def convolution_layouts(convolve):
     return set(re.findall(r"dim_labels=(\S+?)[,\s]", text))
 
 
+@pytest.mark.optimised
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the layouts of XLA:CPU")
 def test_convolutions_of_a_scan_have_the_layout_of_the_fast_kernels():
     """Both gradients; JAX's own have another, which is the reason for this convolution."""

@@ -25,6 +25,7 @@ def assert_same_bits(a, b):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), a, b)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("bits", [0, 8, 14, 20])
 def test_additive_on_the_grid_is_exact(bits):
     x, r = revjax.round_to_grid((trees(0, jnp.float32), trees(1, jnp.float32)), bits)
@@ -32,6 +33,7 @@ def test_additive_on_the_grid_is_exact(bits):
     assert_same_bits(revjax.additive.separate(y, r), x)
 
 
+@pytest.mark.optimised
 def test_additive_off_the_grid_is_not_exact():
     # Were float addition exact, this library would have no reason for its grid.
     x, r = trees(0, jnp.float32)["a"], trees(1, jnp.float32)["a"]
@@ -40,6 +42,7 @@ def test_additive_off_the_grid_is_not_exact():
     np.testing.assert_allclose(back, x, rtol=1e-5)
 
 
+@pytest.mark.optimised
 def test_the_grid_is_exact_up_to_its_bound_and_not_beyond():
     bound, r = revjax.stream_bound(20), jnp.float32(2.0**-20)  # the smallest residual
     for x, exact in ((jnp.float32(bound) - r, True), (jnp.float32(bound), False)):

@@ -42,11 +42,9 @@ class Example(NamedTuple):
 
 @pytest.fixture(scope="module", autouse=True)
 def as_users_have_it():
-    """JAX's default promotion rules; and little optimisation, since programs run a few times."""
+    """JAX's default promotion rules."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        jax.config.update("jax_disable_most_optimizations", True)
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module", params=NAMES)

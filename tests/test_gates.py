@@ -243,6 +243,7 @@ def conv_chain(depth, channels=4):
     return jax.tree.map(np.float32, (params, x))
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("compute, tolerance", [(jnp.float32, 5e-6), (jnp.bfloat16, 1e-6)])
 def test_on_the_grid_gradients_and_inverse_are_exact(compute, tolerance):
     """At a depth where without a grid they are not: test_reversible.py."""
@@ -267,6 +268,7 @@ def test_on_the_grid_gradients_and_inverse_are_exact(compute, tolerance):
     assert relative_error(y, x) > 0.1
 
 
+@pytest.mark.optimised
 def test_memory_is_that_of_an_ungated_chain_at_any_depth():
     def temporary_bytes(depth, gated):
         params, x = conv_chain(depth, channels=8)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from networks import COMPILE_FAST
 
 import revjax
 from revjax import MemoryReport, memory_report
@@ -15,7 +16,8 @@ from revjax.memory.network import abstract_network, largest_batch, training_step
 from revjax.models import ARCHITECTURES, Architecture, Transformer
 from revjax.reversible import Backward
 
-FAST = {"xla_backend_optimization_level": 0}  # the figures are the same
+pytestmark = pytest.mark.optimised
+FAST = COMPILE_FAST  # the figures are the same
 
 
 def struct(*shape, dtype=jnp.float32):

@@ -339,11 +339,13 @@ def compare_named(name, side):
     assert relative_error(got.gradient, due.gradient) <= 5e-6
 
 
+@pytest.mark.optimised
 @pytest.mark.slow
 def test_revnet38_end_to_end():
     compare_named("revnet38", 8)
 
 
+@pytest.mark.optimised
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, side", [("revnet110", 8), ("revnet164", 8), ("revnet56", 32), ("revnet104", 32)]
@@ -355,6 +357,7 @@ def test_revnets_end_to_end(name, side):
 # What the stages offer --------------------------------------------------------------------------
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("kind", ["revnet", "revnet bottleneck"])
 @pytest.mark.parametrize("training", [True, False])
 def test_inverse_restores_the_input_of_a_stage(kind, training):
@@ -633,6 +636,7 @@ def test_dtype_by_name():
         }
 
 
+@pytest.mark.optimised
 def test_bfloat16_convolutions_round_whatever_the_compiler_keeps():
     """Else two evaluations of a function differ, and with them the reconstruction."""
     kind = dict(conventions=CONVENTIONS["revnet"], dtype=jnp.bfloat16, rngs=nnx.Rngs(0))

@@ -25,20 +25,12 @@ def python_of(page):
     return re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.fixture
-def unoptimised():
-    """Programs that run once are compiled without LLVM's optimisations, which saves a minute."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if python_of(page)], ids=lambda page: page.name
 )
 @jax.numpy_dtype_promotion("standard")  # as readers have it
 @jax.numpy_rank_promotion("allow")
-def test_python_prints_what_its_comments_say(page, unoptimised, capsys):
+def test_python_prints_what_its_comments_say(page, capsys):
     namespace = {}  # one for all blocks: some go on from the one before
     for block in python_of(page):
         exec(compile(block, page.name, "exec"), namespace)

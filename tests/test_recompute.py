@@ -15,6 +15,7 @@ from revjax.recompute import after, checkpoint_step, recompute
 SPECIAL = [0.0, -0.0, 1.5, jnp.inf, -jnp.inf, jnp.nan]
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_after_returns_the_same_bits(dtype):
     with jax.enable_x64(dtype == "float64"):
@@ -99,6 +100,7 @@ def test_aux_has_no_gradient():
     chex.assert_trees_all_equal(gradient, jnp.zeros((2, 2)))
 
 
+@pytest.mark.optimised
 def test_memory_is_that_of_one_function():
     x, w = jax.ShapeDtypeStruct((512, 64), jnp.float32), jax.ShapeDtypeStruct((64, 64), jnp.float32)
     bytes_of = {}

@@ -115,6 +115,7 @@ def mixing(shape, kind, coupling):
     return f, g
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("scanned", [True, False])
 @pytest.mark.parametrize("coupling", ["additive", "affine"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
@@ -386,12 +387,14 @@ def gradient_error(depth, **options):
         )
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("depth", [pytest.param(3, marks=pytest.mark.slow), 300])
 def test_gradients_on_the_grid_are_exact_at_any_depth(depth):
     assert gradient_error(depth) <= 5e-6
     assert gradient_error(depth, compute=jnp.bfloat16) <= 1e-6
 
 
+@pytest.mark.optimised
 @pytest.mark.slow
 def test_gradients_of_the_plain_float_coupling_drift():
     """The claim that the grid answers: should this fail, the grid is not needed any more."""
@@ -425,6 +428,7 @@ PAIR_BYTES = 2 * 4 * 8 * 16 * 16 * 8
 GRADIENT_BYTES = 4 * 4 * (9 * 8 * 8 + 8)  # of one block; XLA may keep a copy
 
 
+@pytest.mark.optimised
 def test_activation_memory_does_not_grow_with_depth():
     shallow, middle, deep = (temporary_bytes(depth, "reversible") for depth in (4, 16, 64))
     assert middle - shallow <= 12 * GRADIENT_BYTES + 0.01 * PAIR_BYTES
@@ -432,6 +436,7 @@ def test_activation_memory_does_not_grow_with_depth():
     assert temporary_bytes(64, "store") - temporary_bytes(16, "store") > 48 * PAIR_BYTES
 
 
+@pytest.mark.optimised
 def test_activation_memory_of_a_list_does_not_grow_with_depth():
     """Although its blocks are one program, which XLA:CPU would rearrange."""
     shallow, deep = (temporary_bytes(depth, "reversible", listed=True) for depth in (2, 6))
@@ -441,6 +446,7 @@ def test_activation_memory_of_a_list_does_not_grow_with_depth():
     assert stored[1] - stored[0] > 4 * PAIR_BYTES
 
 
+@pytest.mark.optimised
 def test_hessian_vector_products_by_jvp_of_grad_stay_flat():
     def hvp(loss):
         return lambda params, x: jax.jvp(lambda p: jax.grad(loss)(p, x), (params,), (params,))[1]

@@ -134,8 +134,7 @@ def train_once(dtype, backward):
             gradient, (logits, variables) = jax.grad(loss, has_aux=True)(params)
             return logits, nnx.to_pure_dict(gradient), variables
 
-        step = jax.jit(step, compiler_options=COMPILE_FAST)
-        return jax.device_get(step(draw_arrays(network), *batch(dtype)))
+        return jax.device_get(jax.jit(step)(draw_arrays(network), *batch(dtype)))
 
 
 def test_training_is_that_of_the_equations():
@@ -179,6 +178,7 @@ def test_gelu():
 # Exactness --------------------------------------------------------------------------------------
 
 
+@pytest.mark.optimised
 def test_gradients_in_bfloat16_are_those_of_stored_activations():
     got, due = (train_once("bfloat16", backward) for backward in ("reversible", "store"))
     chex.assert_trees_all_equal((got[0], got[2]), (due[0], due[2]))
@@ -219,12 +219,13 @@ def test_a_gelu_has_the_same_bits_beside_its_derivative():
     np.testing.assert_array_equal(alone, jax.jit(beside, compiler_options=COMPILE_FAST)(x)[0])
 
 
+@pytest.mark.optimised
 def test_inverse_restores_the_tokens():
     """Bit for bit, in bfloat16, with a gate for each image."""
     network = make("bfloat16", depth=8, stochastic_depth=DROP_PATH)
     x = np.random.default_rng(2).standard_normal((2, BATCH, 9, WIDTH)).astype(np.float32)
 
-    @functools.partial(jax.jit, compiler_options=COMPILE_FAST)
+    @jax.jit
     def there_and_back(arrays, x):
         model = with_arrays(network, arrays)
         gates = model.gates(BATCH, KEY)

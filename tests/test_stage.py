@@ -149,6 +149,7 @@ class Keyed(Residual):
         self.own = nnx.Dropout(0)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("depth", [DEPTH, None])
 def test_inverse_gives_back_the_very_bits(depth):
     stage = ReversibleStage(Keyed, Keyed, depth, rngs=rngs())

@@ -33,23 +33,33 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from revjax.data import DataError, Dataset, batch_indices, load_dataset
 from revjax.grid import stream_bound
-from revjax.training.checkpoints import Checkpoints
+from revjax.training.checkpoints import Checkpoints, Restored
 from revjax.training.command_line import parse_arguments
 from revjax.training.config import Config, check_config
 from revjax.training.curves import draw_curves
 from revjax.training.errors import ConfigError, TrainingError
 from revjax.training.evaluation import Evaluator
 from revjax.training.interrupt import Stopped, StopSignals, exit_now
+from revjax.training.mesh import get, make_mesh, put
 from revjax.training.metrics import MetricsLog
 from revjax.training.optimizer import learning_rate_schedule, make_optimizer
 from revjax.training.pace import MAX_DISPATCH_STEPS, Pace
+from revjax.training.processes import (
+    Companions,
+    arrays_from_first,
+    from_first,
+    is_first,
+    join_processes,
+)
 from revjax.training.progress import Progress
-from revjax.training.state import Abstract, abstract_model, draw, initial_state
+from revjax.training.state import Abstract, abstract_model, draw, initial_state, state_shardings
 from revjax.training.step import Report, make_train_steps, put_on_device
 from revjax.training.summary import best_validation, device_name, summary_table, versions
+from revjax.training.votes import Votes, cast
 from revjax.training.workdir import FREE_KEYS, check_same_config, lock_workdir, write_json
 
 
@@ -63,42 +73,50 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
     if isinstance(arguments, str):
         return print(arguments)
     config, workdir = check_config(arguments.config), arguments.workdir
+    join_processes(arguments.coordinator, arguments.processes, arguments.process)
     model = abstract_model(config)
+    mesh = make_mesh(config)
     optimizer = make_optimizer(config.optim)
-    if arguments.eval_only:
-        return evaluate_only(config, arguments.config.to_dict(), workdir, model, stop)
+    initial = partial(initial_state, config, optimizer)
 
     with contextlib.ExitStack() as resources:
+        resources.enter_context(Companions())
+        if arguments.eval_only:
+            return evaluate_only(config, arguments.config.to_dict(), workdir, model, mesh, stop)
+
         # -- 2. Whose folder it is ----------------------------------------------------------------
 
-        resources.enter_context(lock_workdir(workdir))
-        check_same_config(workdir, arguments.config.to_dict())
-        write_json(workdir / "config.json", arguments.config.to_dict())
-        summary_path = workdir / "summary.json"
-        if summary_path.exists():
-            summary = json.loads(summary_path.read_text())
-            if summary["steps"] == config.steps:
-                print(f"The run in {workdir} is complete.\n{summary_table(summary)}")
-                return
+        summary_path, complete = workdir / "summary.json", False
+        if is_first():
+            resources.enter_context(lock_workdir(workdir))
+            check_same_config(workdir, arguments.config.to_dict())
+            write_json(workdir / "config.json", arguments.config.to_dict())
+            if summary_path.exists():
+                summary = json.loads(summary_path.read_text())
+                if complete := summary["steps"] == config.steps:
+                    print(f"The run in {workdir} is complete.\n{summary_table(summary)}")
+        if from_first(complete):
+            return
 
         # -- 3. The data --------------------------------------------------------------------------
 
         with stop.raising():  # half-prepared data are removed on the way out
-            data = put_on_device(config.data, load(config))
+            data = put_on_device(config.data, load(config), mesh)
         num_examples = len(data["train"].labels)
         evaluated = [name for name in data if name != "train"]
 
         # -- 4. Where the run stands --------------------------------------------------------------
 
-        checkpoints = resources.enter_context(
-            Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
-        )
-        initial = partial(initial_state, config, optimizer)
-        restored = checkpoints.restore_newest(jax.eval_shape(initial), tell)
-        state, step, earlier = restored or (*stop.wait_for(partial(draw, initial)), 0, 0.0)
+        checkpoints = None  # the other processes have none
+        if is_first():
+            checkpoints = resources.enter_context(
+                Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
+            )
+        restored = restore_newest(checkpoints, config, mesh)
+        state, step, earlier = restored or (*stop.wait_for(partial(draw, initial, mesh)), 0, 0.0)
         if restored:
             tell(f"going on from step {step} of {config.steps}, saved in {workdir}.")
-        metrics = MetricsLog(workdir, step)
+        metrics = MetricsLog(workdir, step, writes=is_first())
         resources.callback(metrics.close)
         saved = step  # the last step that is on the disk, or will be before this returns
 
@@ -106,26 +124,32 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
 
         indices = np.zeros((MAX_DISPATCH_STEPS, config.batch_size), np.int32)
         schedule = learning_rate_schedule(config.optim)
-        train_steps = make_train_steps(config, model, optimizer, schedule)
-        evaluate = Evaluator(config, model, data)
-        tell(f"compiling {config.model.name} for {device_name()}.")
+        train_steps = make_train_steps(config, model, optimizer, schedule, mesh)
+        evaluate = Evaluator(config, model, data, mesh)
+        tell(f"compiling {config.model.name} for {device_name(mesh)}.")
+        no_votes = cast(mesh, False)
         train_steps, _ = stop.wait_for(
-            train_steps.lower(state, data["train"], indices, np.int32(0)).compile,
+            train_steps.lower(state, data["train"], indices, np.int32(0), no_votes).compile,
             partial(evaluate.compile, state),
         )
 
         # -- 6. The loop --------------------------------------------------------------------------
 
-        progress = resources.enter_context(contextlib.closing(Progress(step, config.steps)))
+        quiet = not is_first()
+        progress = resources.enter_context(
+            contextlib.closing(Progress(step, config.steps, quiet=quiet))
+        )
         pace = Pace(config.batch_size)
         bound = stream_bound(config.model.grid_bits) if config.model.grid_bits is not None else None
         peak = 0.0
         pending: Dispatch | None = None  # the newest dispatch; the device may still be at it
+        agreed = Votes(stop=0, pace=1)
 
         def account(dispatch: Dispatch) -> None:
             """Wait for a dispatch, then fail, warn and log as its report says."""
-            nonlocal peak
+            nonlocal peak, agreed
             report: Report = jax.device_get(dispatch.report)
+            agreed = report.agreed
             pace.finished(dispatch.num_steps)
             progress.advance(dispatch.num_steps)
             if report.failed_step:
@@ -158,7 +182,8 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
             return [name for name in evaluated if not metrics.has(name, step)]
 
         while True:
-            stopping = stop.requested is not None
+            alone = jax.process_count() == 1  # and need not ask
+            stopping = bool(agreed.stop or (alone and stop.requested))
             testing = untested() if is_due(step, config.eval_every, config.steps) else []
             saving = is_due(step, config.checkpoint_every, config.steps) or stopping
             if pending and (testing or saving):
@@ -171,11 +196,14 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
                     row = {"step": step} | row | {"learning_rate": float(schedule(step - 1))}
                     metrics.write(row)
                     progress.row(row)
-                if stop.requested:  # save first, evaluate what is left after the next start
+                if untested():  # told to stop: save first, evaluate the others after the next start
+                    agreed = agreed._replace(stop=1)
                     continue
             if saving and step > saved:
                 metrics.sync()
-                checkpoints.save(step, state, earlier + time.monotonic() - began)
+                host_state = get(state)
+                if checkpoints:
+                    checkpoints.save(step, host_state, earlier + time.monotonic() - began)
                 saved = step
             if stopping or step == config.steps:
                 break
@@ -184,13 +212,14 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
                 pace.restart()
             intervals = (config.log_every, config.eval_every, config.checkpoint_every)
             due_next = min(step + every - step % every for every in intervals)
-            num_steps = min(due_next - step, config.steps - step, pace.steps)
+            num_steps = min(due_next - step, config.steps - step, int(agreed.pace))
             indices = np.zeros_like(indices)  # a fresh one: the device may still read the last
             for index in range(num_steps):
                 indices[index] = batch_indices(
                     config.seed, step + index, config.batch_size, num_examples
                 )
-            state, report = train_steps(state, data["train"], indices, np.int32(num_steps))
+            vote = cast(mesh, stop.requested is not None, pace.steps)
+            state, report = train_steps(state, data["train"], indices, np.int32(num_steps), vote)
             step += num_steps
             if pending:  # the previous dispatch: the host never waits for the newest
                 account(pending)
@@ -199,10 +228,13 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
         # -- 7. The result ------------------------------------------------------------------------
 
         progress.close()
+        if not checkpoints:
+            return
         checkpoints.wait()
         if step < config.steps or untested():
+            by = stop.requested or "a signal to another process"
             where = f"saved in {checkpoints.directory}" if step else "nothing to save yet"
-            print(f"Stopped by {stop.requested} at step {step} of {config.steps}: {where}.")
+            print(f"Stopped by {by} at step {step} of {config.steps}: {where}.")
             return
         result = metrics.last("test") or {}
         summary = {
@@ -215,7 +247,7 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
             "test_accuracy": result["accuracy"],
             "test_error": 1 - result["accuracy"],
             "wall_seconds": round(earlier + time.monotonic() - began, 1),
-            "device": device_name(),
+            "device": device_name(mesh),
             "versions": versions(),
             "stream_peak": float(state.stream_peak) if model.has_stream else None,
             "stream_bound": bound,
@@ -256,33 +288,62 @@ def load(config: Config) -> Dataset:
     return load_dataset(config.data.name, data_dir=config.data.dir, source=config.data.source)
 
 
+def restore_newest(checkpoints: Checkpoints | None, config: Config, mesh: Mesh) -> Restored | None:
+    """The newest whole checkpoint, on the devices; process 0 reads it, and the others get it."""
+    template = jax.eval_shape(partial(initial_state, config, make_optimizer(config.optim)))
+    restored = checkpoints.restore_newest(template, tell) if checkpoints else None
+    found = from_first(restored and (restored.step, restored.wall_seconds))
+    if found is None:
+        return None
+    step, wall_seconds = found
+    state = (
+        restored.state if restored else jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), template)
+    )
+    state = put(arrays_from_first(state), state_shardings(mesh, template))
+    return Restored(state, step, wall_seconds)
+
+
 def evaluate_only(
-    config: Config, values: dict[str, Any], workdir: Path, model: Abstract, stop: StopSignals
+    config: Config,
+    values: dict[str, Any],
+    workdir: Path,
+    model: Abstract,
+    mesh: Mesh,
+    stop: StopSignals,
 ) -> None:
     """Print the loss and accuracy of the newest checkpoint, of each split; write nothing."""
-    check_same_config(workdir, values, free=(*FREE_KEYS, "precise_bn_batches"))
-    restored = None
-    if (workdir / "checkpoints").is_dir():
-        template = jax.eval_shape(partial(initial_state, config, make_optimizer(config.optim)))
-        with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-            restored = checkpoints.restore_newest(template, tell)
+    with contextlib.ExitStack() as resources:
+        checkpoints = None
+        if is_first():
+            check_same_config(workdir, values, free=(*FREE_KEYS, "precise_bn_batches"))
+            if (workdir / "checkpoints").is_dir():
+                checkpoints = resources.enter_context(
+                    Checkpoints(workdir / "checkpoints", read_only=True)
+                )
+        restored = restore_newest(checkpoints, config, mesh)
     if restored is None:
         raise TrainingError(f"{workdir} has no checkpoint to evaluate; train there first.")
     with stop.raising():
-        data = put_on_device(config.data, load(config))
-    evaluate = Evaluator(config, model, data)
+        data = put_on_device(config.data, load(config), mesh)
+    evaluate = Evaluator(config, model, data, mesh)
     stop.wait_for(partial(evaluate.compile, restored.state))
     names = [name for name in data if name != "train"]
     rows = list(evaluate(restored.state, names, stop))
     if len(rows) < len(names):
         raise Stopped(stop.requested)
-    for row in rows:
+    for row in rows if is_first() else ():
         shown = f"{row['split']} loss {row['loss']:.4f}, accuracy {row['accuracy']:.2%}"
         print(f"step {restored.step}: {shown}")
 
 
 def tell(sentence: str) -> None:
-    """Say something that is no result."""
+    """Say something that is no result, once for all processes."""
+    if is_first():
+        complain(sentence)
+
+
+def complain(sentence: str) -> None:
+    """Say why this process cannot go on."""
     print(f"train.py: {sentence}", file=sys.stderr, flush=True)
 
 
@@ -296,8 +357,11 @@ def run(argv: Sequence[str]) -> int:
             main(argv, stop)
         except (ConfigError, TrainingError, DataError) as error:
             for sentence in (str(error), *getattr(error, "__notes__", ())):
-                tell(sentence)
-            return 2 if isinstance(error, ConfigError) else 1
+                complain(sentence)
+            code = 2 if isinstance(error, ConfigError) else 1
+            if jax.distributed.is_initialized():  # its end would wait for the other processes
+                exit_now(code)
+            return code
         except Stopped:
             print(f"Stopped by {stop.requested}: there was nothing to save.")
             exit_now(0)

@@ -36,7 +36,10 @@ def random_crop_flip(key: jax.Array, images: jax.Array, *, padding: int, flip: b
             jax.random.bernoulli(flip_key, shape=(batch, 1)), columns[:, ::-1], columns
         )
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    return padded[jnp.arange(batch)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    # A map over images: of one gather the compiler would not see that images stay on their device.
+    return jax.vmap(lambda image, rows, columns: image[rows[:, None], columns])(
+        padded, rows, columns
+    )
 
 
 def augment(

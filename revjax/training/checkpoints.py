@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -23,7 +22,7 @@ SEAL = "files.json"
 class Restored(NamedTuple):
     """What the newest whole checkpoint holds."""
 
-    state: TrainState
+    state: TrainState  # of numpy's arrays
     step: int
     wall_seconds: float  # spent on the run until this step, over all its starts
 
@@ -67,13 +66,15 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, wall_seconds: float) -> None:
         """Begin to write the state of a step, once the one before is written.
 
-        The state's arrays may be donated as soon as this returns: it is a copy that is written.
+        Args:
+            step: of the state.
+            state: numpy's arrays, which nobody may change afterwards.
+            wall_seconds: spent on the run until this step.
 
         Raises:
             TrainingError: the one before could not be written; this one is not either.
         """
         self.wait()
-        state = jax.tree.map(np.array, jax.device_get(state))  # device_get alone may share memory
         self._writing = step, self._thread.submit(self._write, step, state, wall_seconds)
 
     def wait(self) -> None:
@@ -112,7 +113,7 @@ class Checkpoints:
         read-only.
 
         Args:
-            template: a state of the same structure, shapes and dtypes.
+            template: a state of the same structure, shapes and dtypes; it may be abstract.
             tell: called with a sentence for every checkpoint that is not whole.
 
         Raises:
@@ -151,8 +152,7 @@ class Checkpoints:
                 state=ocp.args.StandardRestore(arrays), record=ocp.args.JsonRestore()
             ),
         )
-        state = jax.tree.map(jnp.array, restored.state)
-        return Restored(state, step, restored.record["wall_seconds"])
+        return Restored(restored.state, step, restored.record["wall_seconds"])
 
     def _set_aside(self, step: int) -> Path:
         aside = self.directory.parent / "damaged_checkpoints" / str(step)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from revjax.training.config import optional_keys
 from revjax.training.errors import ConfigError
 
 
@@ -19,6 +20,9 @@ class Arguments(NamedTuple):
     config_name: str  # the config file's name without its suffix, and the row after a dash
     workdir: Path
     eval_only: bool
+    coordinator: str | None  # of a run of several processes, as join_processes takes all three
+    processes: int | None
+    process: int | None
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments | str:
@@ -41,6 +45,9 @@ def parse_arguments(argv: Sequence[str]) -> Arguments | str:
     flags.DEFINE_string("config", None, "A file of configs/, or FILE:ROW.", flag_values=own)
     flags.DEFINE_string("workdir", None, "Default: runs/<config name>.", flag_values=own)
     flags.DEFINE_bool("eval_only", False, "Only evaluate the newest checkpoint.", flag_values=own)
+    flags.DEFINE_string("coordinator", None, "host:port of process 0.", flag_values=own)
+    flags.DEFINE_integer("processes", None, "How many processes there are.", flag_values=own)
+    flags.DEFINE_integer("process", None, "Which of them this is, from 0.", flag_values=own)
     flags.DEFINE_bool("help", False, "Print this text.", flag_values=own)
     try:
         rest = own(list(argv), known_only=True)
@@ -57,6 +64,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments | str:
     for argument in rest:
         override = re.match(r"--?(?:no)?config\.([^=]*)", argument)
         if override:
+            _add_optional(config, override[1])
             _check_key(config, override[1])
     overrides = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", config, flag_values=overrides, sys_argv=rest)
@@ -71,7 +79,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments | str:
     path, row = _file_and_row(own.config)
     name = f"{path.stem}-{row}" if row else path.stem
     workdir = Path(own.workdir) if own.workdir else Path("runs") / name
-    return Arguments(config, name, workdir, own.eval_only)
+    processes = own.coordinator, own.processes, own.process
+    return Arguments(config, name, workdir, own.eval_only, *processes)
 
 
 def _file_and_row(config: str) -> tuple[Path, str]:
@@ -105,6 +114,20 @@ def _load_config(config: str) -> ConfigDict:
             f"--config={config}: get_config() returned {values!r}; a ConfigDict is due."
         )
     return values
+
+
+def _add_optional(config: ConfigDict, key: str) -> None:
+    """Give the config a key that it may leave out, so that the command line can change it."""
+    *path, last = key.split(".")
+    if key not in (known := optional_keys()):
+        return
+    with config.unlocked():
+        for part in path:
+            if part not in config:
+                config[part] = ConfigDict()
+            config = config[part]
+        if isinstance(config, ConfigDict) and last not in config:
+            config[last] = known[key]
 
 
 def _check_key(config: ConfigDict, key: str) -> None:

@@ -27,6 +27,7 @@ from revjax.training.errors import ConfigError
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 DECAYS = ("kernels", "all")
 OPTIMIZERS = ("sgd", "adamw")
+BN_SCOPES = ("global", "device")
 FLOAT_MAX = float(jnp.finfo(jnp.float32).max)
 
 
@@ -62,6 +63,7 @@ class ModelConfig:
     shortcut: Shortcut | None = None
     conventions: str | None = None
     stochastic_depth: StochasticDepth | None = None  # None: constant depth
+    bn_scope: str = "global"  # statistics of the whole batch, or "device": of each device's part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +88,18 @@ class OptimConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices there are along each axis of the mesh.
+
+    The batch is split over both axes. Parameters and the optimiser's state are whole on every
+    device, or, along fsdp, split as well (Rajbhandari et al. 2020, arXiv:1910.02054).
+    """
+
+    data: int = -1  # -1: as many as there are
+    fsdp: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything a run is told; all lengths and intervals are in training steps."""
 
@@ -100,6 +114,7 @@ class Config:
     checkpoint_every: int
     keep_checkpoints: int
     precise_bn_batches: int  # whose statistics an evaluation uses; 0: the running averages
+    mesh: MeshConfig = MeshConfig()
 
 
 def check_config(values: ConfigDict) -> Config:
@@ -153,6 +168,9 @@ def check_config(values: ConfigDict) -> Config:
     # What the network is made of; what remains is for the network itself to refuse.
     ways = ("reversible", "remat", "store")[not model.name.startswith("rev") :]
     require(model.backward in ways, "model.backward", f"one of {', '.join(ways)}")
+    require(model.bn_scope in BN_SCOPES, "model.bn_scope", f"one of {', '.join(BN_SCOPES)}")
+    if family == "revvit":
+        _refuse(values.model, "model", ("bn_scope",), f"{model.name} has no batch statistics")
     for key, known in (("placement", PLACEMENTS), ("conventions", CONVENTIONS)):
         fits = getattr(model, key) in (None, *known)
         require(fits, f"model.{key}", f"one of {', '.join(known)}")
@@ -166,6 +184,10 @@ def check_config(values: ConfigDict) -> Config:
     # Numbers; a comparison with NaN does not hold.
     for key in ("batch_size", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):
         require(getattr(config, key) > 0, key, "a number above 0")
+    for key in ("data", "fsdp"):
+        size = getattr(config.mesh, key)
+        fits = size > 0 or (size == -1 and key == "data")
+        require(fits, f"mesh.{key}", "a number of devices" + " or -1, for all," * (key == "data"))
     require(config.precise_bn_batches >= 0, "precise_bn_batches", "a number from 0")
     fits = family != "revvit" or not config.precise_bn_batches
     require(fits, "precise_bn_batches", f"0, as {model.name} has no batch statistics,")
@@ -208,6 +230,21 @@ def check_config(values: ConfigDict) -> Config:
     side = min(info.image_shape[:2])
     require(0 <= data.padding < side, "data.padding", f"a number from 0 to {side - 1}")
     return config
+
+
+def optional_keys(record: type = Config, prefix: str = "") -> dict[str, Any]:
+    """The keys that a config may leave out, as in "mesh.data", and what they are then.
+
+    Those whose default is None are not among them: it does not say of which type a value would be.
+    """
+    hints, keys = typing.get_type_hints(record), {}
+    for field in dataclasses.fields(record):
+        hint, name = hints[field.name], prefix + field.name
+        if dataclasses.is_dataclass(hint):
+            keys |= optional_keys(typing.cast(type, hint), f"{name}.")
+        elif field.default not in (dataclasses.MISSING, None):
+            keys[name] = field.default
+    return keys
 
 
 def _record(record: type, values: Any, path: str) -> Any:

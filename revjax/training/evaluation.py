@@ -16,12 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from revjax.data import batch_indices, normalize
 from revjax.training.config import Config
 from revjax.training.interrupt import StopSignals
+from revjax.training.mesh import BATCH_AXES, batch_sharding, on_each_device, put, replicated
 from revjax.training.state import Abstract, TrainState
 from revjax.training.step import Split
+from revjax.training.votes import Votes, cast, count
 
 
 class Evaluator:
@@ -31,29 +34,36 @@ class Evaluator:
     run's first, without augmentation; else they are the running averages.
     """
 
-    def __init__(self, config: Config, model: Abstract, data: dict[str, Split]):
+    def __init__(self, config: Config, model: Abstract, data: dict[str, Split], mesh: Mesh):
         """Keep what every evaluation needs; nothing is compiled yet."""
-        self.config, self.model, self.data = config, model, data
-        self.add_statistics: Any = jax.jit(self._add_statistics, donate_argnums=0)
-        self.eval_batch: Any = jax.jit(self._eval_batch)
+        self.config, self.model, self.data, self.mesh = config, model, data, mesh
+        whole, parts = replicated(mesh), batch_sharding(mesh)
+        self.take: Any = jax.jit(
+            _take, in_shardings=(whole, whole), out_shardings=Split(parts, parts, whole)
+        )
+        self.add_statistics: Any = jax.jit(
+            self._add_statistics, donate_argnums=0, out_shardings=whole
+        )
+        self.eval_batch: Any = jax.jit(self._eval_batch, out_shardings=whole)
 
     def compile(self, state: TrainState) -> None:
         """Compile for states like this one, so that the first evaluation does not have to."""
         params, variables = state.params, state.variables
-        counted = np.zeros(self.config.batch_size, bool)
-        batch, *_ = [take(data, counted.astype(np.int32)) for data in self.data.values()]
+        places = np.zeros(self.config.batch_size, np.int32)
+        batch, *_ = [self.take(data, places) for data in self.data.values()]
+        counted, votes = put(places > 0, batch_sharding(self.mesh)), cast(self.mesh, False)
         if self.config.precise_bn_batches:
-            total = nnx.filter_state(variables, nnx.BatchStat)
-            lowered = self.add_statistics.lower(total, params, variables, batch)
+            total = self._no_statistics(state)
+            lowered = self.add_statistics.lower(total, params, variables, batch, votes)
             self.add_statistics = lowered.compile()
-        self.eval_batch = self.eval_batch.lower(params, variables, batch, counted).compile()
+        self.eval_batch = self.eval_batch.lower(params, variables, batch, counted, votes).compile()
 
     def __call__(
         self, state: TrainState, names: Sequence[str], stop: StopSignals
     ) -> Iterator[dict[str, Any]]:
         """Yield loss, accuracy and speed as a row of metrics, a split after another.
 
-        Told to stop meanwhile, it yields no more rows.
+        Told to stop meanwhile, in any process, it yields no more rows.
         """
         variables = self._with_statistics(state, stop)
         if variables is None:
@@ -72,11 +82,14 @@ class Evaluator:
         began, num_examples = time.monotonic(), len(data.labels)
         total_loss, total_correct = 0.0, 0
         for start in range(0, num_examples, self.config.batch_size):
-            if stop.requested:
-                return None
             places = np.arange(start, start + self.config.batch_size, dtype=np.int32)
-            batch = take(data, np.minimum(places, num_examples - 1))
-            loss, correct = self.eval_batch(params, variables, batch, places < num_examples)
+            batch = self.take(data, np.minimum(places, num_examples - 1))
+            counted = put(places < num_examples, batch_sharding(self.mesh))
+            loss, correct, agreed = self.eval_batch(
+                params, variables, batch, counted, cast(self.mesh, stop.requested is not None)
+            )
+            if agreed.stop:
+                return None
             total_loss, total_correct = total_loss + float(loss), total_correct + int(correct)
         return {
             "split": name,
@@ -85,47 +98,71 @@ class Evaluator:
             "images_per_second": num_examples / (time.monotonic() - began),
         }
 
+    def _no_statistics(self, state: TrainState) -> nnx.State:
+        statistics = nnx.filter_state(state.variables, nnx.BatchStat)
+        return put(
+            jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), statistics),
+            replicated(self.mesh),
+        )
+
     def _with_statistics(self, state: TrainState, stop: StopSignals) -> nnx.State | None:
         """The state's variables, with the statistics to evaluate by; None if told to stop."""
         num_batches = self.config.precise_bn_batches
         if not num_batches:
             return state.variables
-        total = jax.tree.map(jnp.zeros_like, nnx.filter_state(state.variables, nnx.BatchStat))
+        total = self._no_statistics(state)
         config, train = self.config, self.data["train"]
         for step in range(num_batches):
-            if stop.requested:
-                return None
             indices = batch_indices(config.seed, step, config.batch_size, len(train.labels))
-            batch = take(train, indices)
-            total = self.add_statistics(total, state.params, state.variables, batch)
-            jax.block_until_ready(total)  # a signal is not to wait for a queue of batches
+            batch, vote = self.take(train, indices), cast(self.mesh, stop.requested is not None)
+            total, agreed = self.add_statistics(total, state.params, state.variables, batch, vote)
+            if agreed.stop:  # it waits for the batch: a signal is not to wait for a queue of them
+                return None
         mean = jax.tree.map(lambda leaf: leaf / num_batches, total)
         return nnx.merge_state(state.variables, mean)
 
     def _add_statistics(
-        self, total: nnx.State, params: nnx.State, variables: nnx.State, batch: Split
-    ) -> nnx.State:
-        """`total` plus the statistics of a batch of training images."""
-        module = nnx.merge(self.model.statistics_graph, params, variables, copy=True)
-        module(normalize(batch.images, batch.normalization))
-        return jax.tree.map(jnp.add, total, nnx.state(module, nnx.BatchStat))
+        self, total: nnx.State, params: nnx.State, variables: nnx.State, batch: Split, votes: Votes
+    ) -> tuple[nnx.State, Votes]:
+        """`total` plus the statistics of a batch of training images, in its `bn_scope`."""
+
+        def statistics(params: nnx.State, variables: nnx.State, images: jax.Array) -> nnx.State:
+            module = nnx.merge(self.model.statistics_graph, params, variables, copy=True)
+            module(images)
+            return nnx.state(module, nnx.BatchStat)
+
+        def joined(*args: Any) -> nnx.State:
+            return jax.lax.pmean(statistics(*args), BATCH_AXES)
+
+        params = jax.lax.with_sharding_constraint(params, replicated(self.mesh))
+        find = statistics
+        if self.config.model.bn_scope == "device":
+            find = on_each_device(self.mesh, joined, (False, False, True))
+        new = find(params, variables, normalize(batch.images, batch.normalization))
+        return jax.tree.map(jnp.add, total, new), count(votes)
 
     def _eval_batch(
-        self, params: nnx.State, variables: nnx.State, batch: Split, counted: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+        self,
+        params: nnx.State,
+        variables: nnx.State,
+        batch: Split,
+        counted: jax.Array,
+        votes: Votes,
+    ) -> tuple[jax.Array, jax.Array, Votes]:
         """Sums of the loss, float32, and of the correct answers, int32, over a batch.
 
         Examples where `counted`, bool `[batch_size]`, is false are there to fill it up.
         """
+        params = jax.lax.with_sharding_constraint(params, replicated(self.mesh))
         images = normalize(batch.images, batch.normalization)
         logits = nnx.merge(self.model.eval_graph, params, variables)(images)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
         correct = (jnp.argmax(logits, axis=-1) == batch.labels) & counted
-        return jnp.where(counted, losses, 0).sum(), correct.sum(dtype=jnp.int32)
+        loss = jnp.where(counted, losses, 0).sum()
+        return loss, correct.sum(dtype=jnp.int32), count(votes)
 
 
-@jax.jit
-def take(data: Split, indices: jax.Array) -> Split:
+def _take(data: Split, indices: jax.Array) -> Split:
     """The examples that `indices` names.
 
     It is a program of its own, so that splits of all sizes share the network's.

@@ -8,6 +8,7 @@ from typing import Any
 from tensorboardX import SummaryWriter
 
 from revjax.training.errors import TrainingError
+from revjax.training.processes import from_first
 
 
 def read_rows(workdir: Path) -> list[dict[str, Any]]:
@@ -39,10 +40,20 @@ def read_rows(workdir: Path) -> list[dict[str, Any]]:
 class MetricsLog:
     """The rows of a run, in `metrics.jsonl` and as TensorBoard events."""
 
-    def __init__(self, workdir: Path, step: int):
-        """Open the log of a run that goes on from `step`; later rows are dropped."""
+    def __init__(self, workdir: Path, step: int, *, writes: bool = True):
+        """Open the log of a run that goes on from `step`; later rows are dropped.
+
+        Args:
+            workdir: of the run.
+            step: up to which rows are kept.
+            writes: whether this process does; all keep the rows, by which they decide.
+        """
+        kept = [row for row in read_rows(workdir) if row["step"] <= step] if writes else None
+        self.rows: list[dict[str, Any]] = from_first(kept)
+        self._writes = writes
+        if not writes:
+            return
         self._path = workdir / "metrics.jsonl"
-        self.rows = [row for row in read_rows(workdir) if row["step"] <= step]
         temporary = self._path.with_name("metrics.jsonl.tmp")
         temporary.write_text("".join(map(_line, self.rows)))
         os.replace(temporary, self._path)
@@ -54,6 +65,8 @@ class MetricsLog:
     def write(self, row: dict[str, Any]) -> None:
         """Add a row; `step` and `split` say what it is about, the rest are numbers."""
         self.rows.append(row)
+        if not self._writes:
+            return
         self._file.write(_line(row))
         self._file.flush()
         for name, value in row.items():
@@ -70,11 +83,15 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Return when every row is on the disk; a checkpoint must not be ahead of its rows."""
+        if not self._writes:
+            return
         os.fsync(self._file.fileno())
         self._events.flush()
 
     def close(self) -> None:
         """Close both files."""
+        if not self._writes:
+            return
         self._file.close()
         self._events.close()
 

@@ -12,15 +12,16 @@ LINE_SECONDS = 30  # at least, between two lines about training where there is n
 class Progress:
     """The progress bar of a run, or its lines."""
 
-    def __init__(self, step: int, steps: int):
-        """Start at `step` of `steps`."""
+    def __init__(self, step: int, steps: int, *, quiet: bool = False):
+        """Start at `step` of `steps`; a quiet one tells nothing."""
+        self._quiet = quiet
         self._start, self._step, self._steps = step, step, steps
         self._began = self._last_line = time.monotonic()
         self._bar = tqdm(
             desc="train",
             total=steps,
             initial=step,
-            disable=not sys.stderr.isatty(),
+            disable=quiet or not sys.stderr.isatty(),
             dynamic_ncols=True,
             bar_format="{desc}{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}"
             " [{elapsed}, {remaining} left{postfix}]",
@@ -51,6 +52,8 @@ class Progress:
 
     def say(self, sentence: str) -> None:
         """Write a line that is no part of the bar."""
+        if self._quiet:
+            return
         tqdm.write(sentence, file=sys.stderr)
         sys.stderr.flush()
 

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from revjax.data import dataset_info
 from revjax.models import create_model, family_of
 from revjax.stage import StreamPeak
 from revjax.training.config import DTYPES, Config
 from revjax.training.errors import ConfigError
+from revjax.training.mesh import replicated, split_over_fsdp
 
 
 class Interval(NamedTuple):
@@ -133,9 +135,22 @@ def initial_state(config: Config, optimizer: optax.GradientTransformation) -> Tr
     )
 
 
-def draw(initial: Callable[[], TrainState]) -> TrainState:
-    """Return `initial()`, as one program compiled without optimisation.
+def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
+    """Where a state, which may be abstract, lies on a mesh: a sharding for each leaf."""
+    whole = replicated(mesh)
+    return jax.tree.map(lambda _: whole, state)._replace(
+        params=split_over_fsdp(mesh, state.params),
+        opt_state=split_over_fsdp(mesh, state.opt_state),
+    )
+
+
+def draw(initial: Callable[[], TrainState], mesh: Mesh) -> TrainState:
+    """Return `initial()`, laid out on the mesh, as one program compiled without optimisation.
 
     It runs once, and XLA:CPU needs seconds to optimise the random numbers of every kernel.
     """
-    return jax.jit(initial, compiler_options={"xla_backend_optimization_level": 0})()
+    return jax.jit(
+        initial,
+        compiler_options={"xla_backend_optimization_level": 0},
+        out_shardings=state_shardings(mesh, jax.eval_shape(initial)),
+    )()

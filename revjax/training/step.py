@@ -1,17 +1,28 @@
 """The training step, compiled, and several of them a dispatch."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from revjax.data import Dataset, Normalization, augment, find_normalization, hold_out
 from revjax.stage import StreamPeak
 from revjax.training.config import Config, DataConfig
-from revjax.training.state import Abstract, Interval, TrainState
+from revjax.training.mesh import (
+    BATCH_AXES,
+    batch_sharding,
+    on_each_device,
+    put,
+    replicated,
+    split_over_fsdp,
+)
+from revjax.training.state import Abstract, Interval, TrainState, initial_state, state_shardings
+from revjax.training.votes import Votes, count
 
 # Apart from the counters 0, 1, 2, ... by which nnx.Rngs folds the same seed for the parameters.
 AUGMENTATION_STREAM = 2**31
@@ -35,15 +46,17 @@ class Report(NamedTuple):
     stream_peak: jax.Array  # float32 [], largest |stream|
     run_peak: jax.Array  # float32 [], the same since step 0
     failed_step: jax.Array  # int32 [], as in TrainState
+    agreed: Votes  # what the processes agree on
 
 
-def put_on_device(config: DataConfig, dataset: Dataset) -> dict[str, Split]:
+def put_on_device(config: DataConfig, dataset: Dataset, mesh: Mesh) -> dict[str, Split]:
     """Return the splits "train", "validation" if any example is held out for it, and "test".
 
     Args:
         config: how many examples are held out, and how images are normalised: by the statistics of
             what is then left to train on.
         dataset: the data set of the config.
+        mesh: the devices, of which each gets all of it.
 
     Raises:
         DataError: where the images cannot be normalised that way.
@@ -56,9 +69,10 @@ def put_on_device(config: DataConfig, dataset: Dataset) -> dict[str, Split]:
         arrays["validation"] = images[held_out], labels[held_out]
     arrays["test"] = dataset.test_images, dataset.test_labels
     found = find_normalization(config.normalize, arrays["train"][0])
-    normalization = jax.tree.map(jnp.asarray, found)
+    whole = replicated(mesh)
+    normalization = put(found, whole)
     return {
-        name: Split(jnp.asarray(images), jnp.asarray(labels), normalization)
+        name: Split(put(images, whole), put(labels, whole), normalization)
         for name, (images, labels) in arrays.items()
     }
 
@@ -69,24 +83,49 @@ def stream_key(seed: int, stream: int, step: jax.Array) -> jax.Array:
 
 
 def make_train_step(
-    config: Config, model: Abstract, optimizer: optax.GradientTransformation
+    config: Config, model: Abstract, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> Callable[[TrainState, jax.Array, jax.Array], TrainState]:
     """Return `train_step(state, images, labels) -> state`, which is not jitted.
 
     `images` is a batch as the network sees it, float32 `[B, H, W, C]`; `labels` is int32 `[B]`.
     """
 
-    def train_step(state: TrainState, images: jax.Array, labels: jax.Array) -> TrainState:
+    def gradient(
+        params: Any, variables: Any, key: jax.Array, images: jax.Array, labels: jax.Array
+    ) -> tuple[tuple[jax.Array, tuple[jax.Array, Any]], Any]:
         def loss_fn(params: Any) -> tuple[jax.Array, Any]:
-            module = nnx.merge(model.train_graph, params, state.variables, copy=True)
-            logits = module(images, key=stream_key(config.seed, MODEL_STREAM, state.step))
+            module = nnx.merge(model.train_graph, params, variables, copy=True)
+            logits = module(images, key=key)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             correct = (jnp.argmax(logits, axis=-1) == labels).sum(dtype=jnp.int32)
             return losses.mean(), (correct, nnx.state(module, nnx.Not(nnx.Param)))
 
-        (loss, (correct, variables)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params
+        return jax.value_and_grad(loss_fn, has_aux=True)(params)
+
+    def joined(
+        params: Any, variables: Any, key: jax.Array, images: jax.Array, labels: jax.Array
+    ) -> tuple[tuple[jax.Array, tuple[jax.Array, Any]], Any]:
+        """The mean, sum or largest of what each device has of its part of the batch."""
+        own = jax.lax.pcast(params, BATCH_AXES, to="varying")  # else each block's would be summed
+        (loss, (correct, variables)), grads = gradient(own, variables, key, images, labels)
+        peaks, statistics, others = nnx.split_state(variables, StreamPeak, nnx.BatchStat, ...)
+        peaks, correct = jax.lax.pmax(peaks, BATCH_AXES), jax.lax.psum(correct, BATCH_AXES)
+        loss, grads, statistics = jax.lax.pmean((loss, grads, statistics), BATCH_AXES)
+        return (loss, (correct, nnx.merge_state(peaks, statistics, others))), grads
+
+    find_gradient = gradient
+    if config.model.bn_scope == "device":
+        find_gradient = on_each_device(mesh, joined, (False, False, False, True, True))
+
+    def train_step(state: TrainState, images: jax.Array, labels: jax.Array) -> TrainState:
+        key = stream_key(config.seed, MODEL_STREAM, state.step)
+        whole = replicated(mesh)
+        params = jax.lax.with_sharding_constraint(state.params, whole)
+        (loss, (correct, variables)), grads = find_gradient(
+            params, state.variables, key, images, labels
         )
+        grads = jax.lax.with_sharding_constraint(grads, whole)  # else activations would be split
+        grads = jax.lax.with_sharding_constraint(grads, split_over_fsdp(mesh, grads))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         peaks = jax.tree.leaves(nnx.filter_state(variables, StreamPeak))
         peak = jnp.max(jnp.stack(peaks)) if peaks else jnp.float32(0)
@@ -116,8 +155,9 @@ def make_train_steps(
     model: Abstract,
     optimizer: optax.GradientTransformation,
     schedule: Callable[[jax.Array], jax.Array],
-) -> Callable[[TrainState, Split, jax.Array, jax.Array], tuple[TrainState, Report]]:
-    """Return the jitted `train_steps(state, data, indices, num_steps) -> state, report`.
+    mesh: Mesh,
+) -> Callable[[TrainState, Split, jax.Array, jax.Array, Votes], tuple[TrainState, Report]]:
+    """Return the jitted `train_steps(state, data, indices, num_steps, votes) -> state, report`.
 
     `indices`, int32 [K, batch_size], names the examples of up to K steps, of which the first
     `num_steps` are made. As `num_steps` is a traced value, one program serves every number of
@@ -127,7 +167,8 @@ def make_train_steps(
     The state is donated. A step whose loss, gradient or update is not finite is the last one made,
     and the report names it: the state is then lost, and the newest checkpoint is what is left.
     """
-    train_step = make_train_step(config, model, optimizer)
+    train_step = make_train_step(config, model, optimizer, mesh)
+    split = batch_sharding(mesh)
 
     def augmented(state: TrainState, data: Split, indices: jax.Array) -> jax.Array:
         return augment(
@@ -139,7 +180,7 @@ def make_train_steps(
         )
 
     def train_steps(
-        state: TrainState, data: Split, indices: jax.Array, num_steps: jax.Array
+        state: TrainState, data: Split, indices: jax.Array, num_steps: jax.Array, votes: Votes
     ) -> tuple[TrainState, Report]:
         def unfinished(carry: tuple[jax.Array, TrainState]) -> jax.Array:
             index, state = carry
@@ -147,8 +188,9 @@ def make_train_steps(
 
         def advance(carry: tuple[jax.Array, TrainState]) -> tuple[jax.Array, TrainState]:
             index, state = carry
-            images = augmented(state, data, indices[index])
-            return index + 1, train_step(state, images, data.labels[indices[index]])
+            chosen = jax.lax.with_sharding_constraint(indices[index], split)
+            images = augmented(state, data, chosen)
+            return index + 1, train_step(state, images, data.labels[chosen])
 
         _, state = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), state))
         steps = state.interval.steps.astype(jnp.float32)
@@ -159,7 +201,15 @@ def make_train_steps(
             stream_peak=state.interval.stream_peak,
             run_peak=state.stream_peak,
             failed_step=state.failed_step,
+            agreed=count(votes),
         )
         return state, report
 
-    return jax.jit(train_steps, donate_argnums=0)
+    whole = replicated(mesh)
+    states = state_shardings(mesh, jax.eval_shape(partial(initial_state, config, optimizer)))
+    return jax.jit(
+        train_steps,
+        donate_argnums=0,
+        in_shardings=(states, whole, whole, whole, split),
+        out_shardings=(states, whole),
+    )

@@ -6,14 +6,20 @@ import platform
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def device_name() -> str:
-    """Return what the run computes on, as in "cpu (2 cores)" or "NVIDIA H100 80GB HBM3"."""
+def device_name(mesh: Mesh | None = None) -> str:
+    """Return what is computed on, as in "cpu (2 cores)" or "8 x NVIDIA H100 80GB HBM3".
+
+    Args:
+        mesh: the devices of a run; None names the first there is.
+    """
     device = jax.devices()[0]
-    return f"cpu ({os.cpu_count()} cores)" if device.platform == "cpu" else device.device_kind
+    name = f"cpu ({os.cpu_count()} cores)" if device.platform == "cpu" else device.device_kind
+    return name if mesh is None or mesh.size == 1 else f"{mesh.size} x {name}"
 
 
 def versions() -> dict[str, str]:

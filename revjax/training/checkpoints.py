@@ -53,11 +53,15 @@ class Checkpoints:
         self._read_only = read_only
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._writing: tuple[int, Future[None]] | None = None
+        if not read_only:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
-                create=not read_only,
+                create=False,
+                multiprocessing_options=alone,  # the run's other processes have nothing to write
                 cleanup_tmp_directories=not read_only,
                 enable_async_checkpointing=False,
             ),

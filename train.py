@@ -149,7 +149,7 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
             """Wait for a dispatch, then fail, warn and log as its report says."""
             nonlocal peak, agreed
             report: Report = jax.device_get(dispatch.report)
-            agreed = report.agreed
+            agreed = Votes(*map(int, report.agreed))  # these arrays last as long as the report's
             pace.finished(dispatch.num_steps)
             progress.advance(dispatch.num_steps)
             if report.failed_step:

@@ -298,6 +298,15 @@ def run(argv: Sequence[str]) -> int:
             for sentence in (str(error), *getattr(error, "__notes__", ())):
                 tell(sentence)
             return 2 if isinstance(error, ConfigError) else 1
+        except jax.errors.JaxRuntimeError as error:
+            if not any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "Out of memory")):
+                raise
+            reason = str(error).splitlines()[0].rstrip(".")
+            tell(
+                f"the device's memory is too small ({reason}); take a smaller config.batch_size or "
+                "a smaller network."
+            )
+            return 1
         except Stopped:
             print(f"Stopped by {stop.requested}: there was nothing to save.")
             exit_now(0)

@@ -93,10 +93,10 @@ def abstract_model(config: Config) -> Abstract:
     """
     image_shape = dataset_info(config.data.name, data_dir=config.data.dir).image_shape
     images = jax.ShapeDtypeStruct((config.batch_size, *image_shape), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
     try:
         model = nnx.eval_shape(lambda: build_model(config))
-        key = jax.random.key(0)
-        nnx.eval_shape(lambda model, images: model(images, key=key), model, images)
+        nnx.eval_shape(lambda model, images, key: model(images, key=key), model, images, key)
     except ValueError as error:
         raise ConfigError(f"config.model: {error}") from error
     model.train()

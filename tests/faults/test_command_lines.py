@@ -47,9 +47,9 @@ def keys_of(config: ConfigDict, prefix: str = "") -> list[str]:
 
 
 def parsed(*arguments: str):
-    arguments = parse_arguments(["train.py", *arguments])
-    assert not isinstance(arguments, str)
-    return arguments.config
+    found = parse_arguments(["train.py", *arguments])
+    assert not isinstance(found, str)
+    return found.config
 
 
 KEYS = {name: keys_of(parsed(base)) for name, base in BASES.items()}

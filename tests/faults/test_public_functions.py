@@ -185,9 +185,8 @@ def test_odd_gates(probabilities, value, name):
     assert (gates is not None) == fit
     if fit and gates is not None:
         assert gates.shape == (len(probabilities),)
-        assert all(
-            bool(gate) == bool(p) for gate, p in zip(gates, probabilities, strict=True) if p != 0.5
-        )
+        drawn = zip(gates, probabilities, strict=True)
+        assert all(bool(gate) == bool(p) for gate, p in drawn if p != 0.5)
     options = {"key": key, "probabilities": [0.5], "batch_size": 2, "dtype": jnp.float32}
     if not (name == "dtype" and isinstance(value, jax.Array)):
         attempt(revjax.draw_gates, **options | {name: value})

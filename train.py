@@ -139,7 +139,7 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
                     "of a plain float stream; set config.model.grid_bits smaller."
                 )
             peak = float(report.run_peak)
-            if is_due(dispatch.step, config.log_every, config.steps):
+            if is_due(dispatch.step, config.log_every, config.steps) and report.counted:
                 row = {
                     "step": dispatch.step,
                     "split": "train",
@@ -150,6 +150,8 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
                 }
                 if model.has_stream:
                     row["stream_peak"] = float(report.stream_peak)
+                if config.skip_nonfinite:
+                    row["skipped_steps"] = int(report.skipped)
                 metrics.write(row)
                 progress.row(row)
 
@@ -168,7 +170,8 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
                 for row in evaluate(state, testing, stop):
                     if not np.isfinite(row["loss"]):
                         raise TrainingError(not_finite(f"{row['split']} loss", step, saved))
-                    row = {"step": step} | row | {"learning_rate": float(schedule(step - 1))}
+                    rate = float(schedule(step - 1 - state.skipped))
+                    row = {"step": step} | row | {"learning_rate": rate}
                     metrics.write(row)
                     progress.row(row)
                 if stop.requested:  # save first, evaluate what is left after the next start
@@ -220,6 +223,8 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
             "stream_peak": float(state.stream_peak) if model.has_stream else None,
             "stream_bound": bound,
         }
+        if config.skip_nonfinite:
+            summary["skipped_steps"] = int(state.skipped)
         if config.data.validation:
             summary["best_validation"] = best_validation(metrics.rows)
         title = f"{config.model.name} on {config.data.name}"

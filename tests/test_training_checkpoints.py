@@ -34,6 +34,7 @@ def states():
             interval=Interval(jnp.int32(3), jnp.float32(0.7), jnp.int32(9), jnp.float32(2)),
             stream_peak=jnp.float32(2.5),
             failed_step=jnp.int32(0),
+            skipped=jnp.int32(0),
         )
 
     return {step: state(step) for step in (0, 10, 20, 30)}

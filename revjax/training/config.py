@@ -100,6 +100,7 @@ class Config:
     checkpoint_every: int
     keep_checkpoints: int
     precise_bn_batches: int  # whose statistics an evaluation uses; 0: the running averages
+    skip_nonfinite: int = 0  # steps that may be left out, over the run, as they are not finite
 
 
 def check_config(values: ConfigDict) -> Config:
@@ -166,7 +167,8 @@ def check_config(values: ConfigDict) -> Config:
     # Numbers; a comparison with NaN does not hold.
     for key in ("batch_size", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):
         require(getattr(config, key) > 0, key, "a number above 0")
-    require(config.precise_bn_batches >= 0, "precise_bn_batches", "a number from 0")
+    for key in ("precise_bn_batches", "skip_nonfinite"):
+        require(getattr(config, key) >= 0, key, "a number from 0")
     fits = family != "revvit" or not config.precise_bn_batches
     require(fits, "precise_bn_batches", f"0, as {model.name} has no batch statistics,")
     require(0 < config.steps < 2**31, "steps", "a number from 1 to 2^31 - 1")

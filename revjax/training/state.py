@@ -38,6 +38,7 @@ class TrainState(NamedTuple):
     interval: Interval
     stream_peak: jax.Array  # float32 [], largest |stream| of all steps done
     failed_step: jax.Array  # int32 [], the step, from 1, that was not finite; 0: there is none
+    skipped: jax.Array  # int32 [], steps that were left out since they were not finite
 
 
 class Abstract(NamedTuple):
@@ -130,6 +131,7 @@ def initial_state(config: Config, optimizer: optax.GradientTransformation) -> Tr
         interval=Interval(jnp.int32(0), jnp.float32(0), jnp.int32(0), jnp.float32(0)),
         stream_peak=jnp.float32(0),
         failed_step=jnp.int32(0),
+        skipped=jnp.int32(0),
     )
 
 

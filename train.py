@@ -303,6 +303,12 @@ def run(argv: Sequence[str]) -> int:
             for sentence in (str(error), *getattr(error, "__notes__", ())):
                 tell(sentence)
             return 2 if isinstance(error, ConfigError) else 1
+        except OSError as error:
+            tell(
+                f"a file could not be read or written ({error}); what is saved is whole: make room "
+                "or mend that, and start again by the same command."
+            )
+            return 1
         except jax.errors.JaxRuntimeError as error:
             if not any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "Out of memory")):
                 raise

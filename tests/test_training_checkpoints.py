@@ -1,5 +1,6 @@
 """Checkpoints come back bit for bit, or are named as damaged and the one before is used."""
 
+import os
 import resource
 import shutil
 from unittest.mock import Mock
@@ -111,6 +112,19 @@ def test_a_save_that_fails_is_an_error(tmp_path, states, monkeypatch, waiting, f
         checkpoints.save(10, states[10], wall_seconds=0.0)
         if waiting:
             checkpoints.wait()
+
+
+def test_the_newest_is_so_by_its_step_whatever_the_clock_says(saved, states):
+    """The clock was set back: what there is comes from the future, the oldest most of all."""
+    for step, year in ((20, 2300), (30, 2200)):
+        for path in (saved / str(step)).rglob("*"):
+            os.utime(path, ((year - 1970) * 31_556_952,) * 2)
+    restored, told = restore(saved, states[0])
+    assert restored is not None
+    assert (restored.step, told) == (30, [])
+    with Checkpoints(saved, keep=2) as checkpoints:
+        checkpoints.save(40, states[10], wall_seconds=0.0)
+    assert steps(saved) == [30, 40]
 
 
 def test_none_without_checkpoints(tmp_path, states):

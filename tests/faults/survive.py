@@ -1,12 +1,16 @@
-"""A run killed fifty times, and one of twenty thousand steps: what was lost, and what grew.
+"""A run killed fifty times, on full disks, and of twenty thousand steps: what was lost or grew.
 
-    python tests/faults/kill_and_soak.py                         # both, about half an hour
-    python tests/faults/kill_and_soak.py --only=kills --kills=5
+    python tests/faults/survive.py                         # all, about a quarter of an hour
+    python tests/faults/survive.py --only=kills --kills=5
 
 Kills: `train.py` on digits is started again and again, and each time ended by SIGKILL at a random
 moment, half of them aimed at a save: as soon as the next checkpoint's temporary folder is there. It
 is then run to its end, and its parameters, the rest of its state and its metrics are held, bit for
 bit, against those of a run that nobody disturbed.
+
+Disks: a run in a file system of its own (a tmpfs, which root alone can mount) that is too small. It
+must end in a sentence, with exit code 1; made read-only, the folder must be refused; given room, the
+run must end as if nothing had been.
 
 Soak: a run of many steps with a checkpoint every 200. The memory of the process (its resident set)
 is read every two seconds, from its first checkpoint on, and the mean of the first quarter is held
@@ -189,6 +193,51 @@ def measure_kills(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     }
 
 
+def measure_full_disks(folder: Path, sizes: int, seed: int) -> dict[str, Any] | None:
+    """None where no file system can be mounted."""
+    disk, undisturbed = folder / "disk", folder / "with_room"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64M", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(mount, check=False).returncode:
+        print("full disks: left out, as only root can mount a small one.")
+        return None
+
+    def remount(how: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{how}", str(disk)], check=True)
+
+    runs, rng, each = Runs(folder, steps=60, batch_size=20, every=10), random.Random(seed), []
+    try:
+        runs.finish(undisturbed)
+        for number in range(sizes):
+            workdir, size = disk / str(number), rng.randrange(4, 440, 4)  # KiB; a run takes 440
+            remount(f"rw,size={size}k")
+            ends = [runs.start(workdir)]
+            _, said = ends[0].communicate(timeout=120)
+            remount("ro")
+            ends.append(runs.start(workdir))
+            _, refused = ends[1].communicate(timeout=120)
+            remount("rw,size=64M")
+            runs.finish(workdir)
+            lost = differences(workdir, undisturbed, runs.steps)
+            last = [text.strip().splitlines()[-1] for text in (said, refused)]
+            told = all(line.startswith("train.py: ") for line in last)
+            codes = [process.returncode for process in ends]
+            each.append({"KiB": size, "exit_codes": codes, "told": told, "lost": lost})
+            print(
+                f"disk {number + 1}: {each[-1]}\n  {last[0][:160]}\n  {last[1][:160]}", flush=True
+            )
+            subprocess.run(["rm", "-rf", str(workdir)], check=True)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    good = [
+        one["exit_codes"] == [1, 1]
+        and one["told"]
+        and not one["lost"]["elements"] + one["lost"]["rows"]
+        for one in each
+    ]
+    return {"disks": sizes, "lost_nothing": all(good), "each": each}
+
+
 def resident_bytes(pid: int) -> int:
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
@@ -227,22 +276,28 @@ def measure_soak(folder: Path, steps: int) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--disks", type=int, default=10)
     parser.add_argument("--soak_steps", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=("kills", "soak"))
+    parser.add_argument("--only", choices=("kills", "disks", "soak"))
     parser.add_argument("--out", type=Path, default=RESULTS / "faults.json")
     chosen = parser.parse_args()
     results = json.loads(chosen.out.read_text()) if chosen.out.exists() else {}
     good = True
     with tempfile.TemporaryDirectory() as name:
-        if chosen.only != "soak":
+        if chosen.only in (None, "kills"):
             results["kills"] = measure_kills(Path(name), chosen.kills, chosen.seed)
             good &= results["kills"]["lost_nothing"]
-        if chosen.only != "kills":
+        if chosen.only in (None, "disks"):
+            found = measure_full_disks(Path(name), chosen.disks, chosen.seed)
+            if found:
+                results["disks"] = found
+                good &= found["lost_nothing"]
+        if chosen.only in (None, "soak"):
             results["soak"] = measure_soak(Path(name), chosen.soak_steps)
             good &= results["soak"]["flat"]
     write_json(chosen.out, results | environment())
-    for part in ("kills", "soak"):
+    for part in ("kills", "disks", "soak"):
         shown = {key: value for key, value in results.get(part, {}).items() if key != "each"}
         print(f"{part}: {json.dumps(shown)}")
     print("nothing was lost and nothing grew." if good else "NOT OK: see above.")

@@ -8,9 +8,9 @@ moment, half of them aimed at a save: as soon as the next checkpoint's temporary
 is then run to its end, and its parameters, the rest of its state and its metrics are held, bit for
 bit, against those of a run that nobody disturbed.
 
-Disks: a run in a file system of its own (a tmpfs, which root alone can mount) that is too small. It
-must end in a sentence, with exit code 1; made read-only, the folder must be refused; given room, the
-run must end as if nothing had been.
+Disks: a run in a file system of its own (a tmpfs, which root alone can mount) that is too small.
+It must end in a sentence, with exit code 1; made read-only, the folder must be refused; given room,
+the run must end as if nothing had been.
 
 Soak: a run of many steps with a checkpoint every 200. The memory of the process (its resident set)
 is read every two seconds, from its first checkpoint on, and the mean of the first quarter is held

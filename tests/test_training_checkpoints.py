@@ -118,7 +118,8 @@ def test_the_newest_is_so_by_its_step_whatever_the_clock_says(saved, states):
     """The clock was set back: what there is comes from the future, the oldest most of all."""
     for step, year in ((20, 2300), (30, 2200)):
         for path in (saved / str(step)).rglob("*"):
-            os.utime(path, ((year - 1970) * 31_556_952,) * 2)
+            seconds = (year - 1970) * 31_556_952
+            os.utime(path, (seconds, seconds))
     restored, told = restore(saved, states[0])
     assert restored is not None
     assert (restored.step, told) == (30, [])

@@ -143,7 +143,7 @@ def test_a_value_of_a_config_file(named, value):
     base, key = named
     config = parsed(BASES[base])
     *groups, last = key.split(".")
-    group = config
+    group: Any = config
     for name in groups:
         group = group[name]
     with config.unlocked(), config.ignore_type(), contextlib.suppress(TypeError, ValueError):

@@ -137,7 +137,7 @@ def test_a_value_on_the_command_line(sentence, named, spelling, apart):
 
 
 @given(NAMED, VALUES)
-@few(25)
+@few(15)
 def test_a_value_of_a_config_file(named, value):
     """Given as Python has it, of a type that the command line would not let through."""
     base, key = named
@@ -182,7 +182,7 @@ FLAGS += (
 
 
 @given(st.lists(st.one_of(st.sampled_from(FLAGS), st.text(max_size=9)), max_size=4))
-@few(40)
+@few(25)
 def test_odd_flags(sentence, flags):
     sentence([BASES["revnet"], *flags])
 

@@ -258,7 +258,7 @@ STAGE = ["f", "g", "depth", "rngs", "coupling", "grid_bits", "backward", "unroll
 
 
 @given(st.sampled_from(STAGE), st.sampled_from(["x", "key", "gates", ""]), VALUES, FORMS)
-@few(10)
+@few(6)
 def test_odd_stages(made_with, called_with, value, form):
     options: Any = {"f": Dense, "g": Dense, "depth": 2, "rngs": nnx.Rngs(0)}
     if not called_with:

@@ -1,5 +1,6 @@
 # make train    train the digits RevNet; flags of train.py: make train ARGS="--config.steps=100"
 # make test     run the tests; flags of pytest: make test ARGS="-k coupling"
+# make faults   kill runs, fill disks, soak, and fuzz for long; see tests/faults/
 # make bench    time the ways to a gradient, which is long; see benchmarks/speed.py
 # make docs     build the documentation into site/; any warning is an error
 # make notebooks    execute notebooks/ into build/notebooks; OUT=notebooks refreshes what is committed
@@ -17,7 +18,7 @@ PYTEST := $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadsco
 CORE := tests/test_coupling.py tests/test_reversible.py tests/test_conv.py tests/test_models.py \
 	tests/test_recompute.py
 
-.PHONY: help train test test-core bench docs notebooks environment lint format clean interpreter
+.PHONY: help train test test-core faults bench docs notebooks environment lint format clean interpreter
 .NOTPARALLEL:
 
 help:
@@ -32,6 +33,12 @@ test: $(VENV)/test.stamp
 # The tests of the rule and the networks alone: what a further version of JAX has to pass.
 test-core: $(VENV)/test.stamp
 	$(PYTEST) $(CORE) $(ARGS)
+
+# At the lowest priority; the damage of every file of a checkpoint is among it.
+faults: $(VENV)/test.stamp
+	FUZZ_TIMES=10 nice -n 19 $(PYTEST) -m "slow or not slow" tests/faults \
+		tests/test_training_checkpoints.py
+	nice -n 19 $(RUN) tests/faults/survive.py $(ARGS)
 
 bench: $(VENV)/test.stamp
 	$(RUN) benchmarks/speed.py $(ARGS)

@@ -163,7 +163,7 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
                     "of a plain float stream; set config.model.grid_bits smaller."
                 )
             peak = float(report.run_peak)
-            if is_due(dispatch.step, config.log_every, config.steps):
+            if is_due(dispatch.step, config.log_every, config.steps) and report.counted:
                 row = {
                     "step": dispatch.step,
                     "split": "train",
@@ -174,6 +174,8 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
                 }
                 if model.has_stream:
                     row["stream_peak"] = float(report.stream_peak)
+                if config.skip_nonfinite:
+                    row["skipped_steps"] = int(report.skipped)
                 metrics.write(row)
                 progress.row(row)
 
@@ -193,7 +195,8 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
                 for row in evaluate(state, testing, stop):
                     if not np.isfinite(row["loss"]):
                         raise TrainingError(not_finite(f"{row['split']} loss", step, saved))
-                    row = {"step": step} | row | {"learning_rate": float(schedule(step - 1))}
+                    rate = float(schedule(step - 1 - state.skipped))
+                    row = {"step": step} | row | {"learning_rate": rate}
                     metrics.write(row)
                     progress.row(row)
                 if untested():  # told to stop: save first, evaluate the others after the next start
@@ -252,6 +255,8 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
             "stream_peak": float(state.stream_peak) if model.has_stream else None,
             "stream_bound": bound,
         }
+        if config.skip_nonfinite:
+            summary["skipped_steps"] = int(state.skipped)
         if config.data.validation:
             summary["best_validation"] = best_validation(metrics.rows)
         title = f"{config.model.name} on {config.data.name}"
@@ -347,6 +352,15 @@ def complain(sentence: str) -> None:
     print(f"train.py: {sentence}", file=sys.stderr, flush=True)
 
 
+def fail(code: int, *sentences: str) -> int:
+    """Say why the run failed, and return the exit code."""
+    for sentence in sentences:
+        complain(sentence)
+    if jax.distributed.is_initialized():  # its end would wait for the other processes
+        exit_now(code)
+    return code
+
+
 def run(argv: Sequence[str]) -> int:
     """Run `main` and return the exit code, with a sentence on stderr where it is not 0.
 
@@ -356,12 +370,23 @@ def run(argv: Sequence[str]) -> int:
         try:
             main(argv, stop)
         except (ConfigError, TrainingError, DataError) as error:
-            for sentence in (str(error), *getattr(error, "__notes__", ())):
-                complain(sentence)
-            code = 2 if isinstance(error, ConfigError) else 1
-            if jax.distributed.is_initialized():  # its end would wait for the other processes
-                exit_now(code)
-            return code
+            sentences = (str(error), *getattr(error, "__notes__", ()))
+            return fail(2 if isinstance(error, ConfigError) else 1, *sentences)
+        except OSError as error:
+            return fail(
+                1,
+                f"a file could not be read or written ({error}); what is saved is whole: make room "
+                "or mend that, and start again by the same command.",
+            )
+        except jax.errors.JaxRuntimeError as error:
+            if not any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "Out of memory")):
+                raise
+            reason = str(error).splitlines()[0].rstrip(".")
+            return fail(
+                1,
+                f"the device's memory is too small ({reason}); take a smaller config.batch_size or "
+                "a smaller network.",
+            )
         except Stopped:
             print(f"Stopped by {stop.requested}: there was nothing to save.")
             exit_now(0)

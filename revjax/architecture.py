@@ -8,7 +8,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from revjax.contract import check_backward
+from revjax.contract import check_backward, check_flag, check_unroll, describe
+
+FLOAT32_MAX = float(jnp.finfo(jnp.float32).max)
 
 
 def integers(name: str, values: Any) -> tuple[int, ...]:
@@ -36,7 +38,7 @@ def number(
     due: str = "a finite number",
     fits: Callable[[float], bool] = math.isfinite,
 ) -> float:
-    """`value` as a float, if it is a finite real number, NumPy's among them, that fits.
+    """`value` as a float, if it is a finite float32 number, NumPy's among them, that fits.
 
     Raises:
         ValueError: it is none, or a bool; the sentence names it, and what is due.
@@ -46,7 +48,7 @@ def number(
         found = float(value) if real else math.nan
     except OverflowError:  # of an integer or a fraction
         found = math.inf
-    if math.isfinite(found) and fits(found):
+    if abs(found) <= FLOAT32_MAX and fits(found):  # no comparison with NaN holds
         return found
     raise ValueError(f"{name}={value!r}: give {due}.")
 
@@ -56,11 +58,6 @@ def one_of(name: str, value: Any, choices: Iterable[str]) -> str:
     if isinstance(value, str) and value in choices:
         return value
     raise ValueError(f"{name}={value!r}: give one of {', '.join(choices)}.")
-
-
-def check_unroll(unroll: Any) -> int | bool:
-    """`unroll` as `lax.scan` takes it, or a ValueError unless it is True or a positive integer."""
-    return True if unroll is True else integer("unroll", unroll)
 
 
 def check_architecture(
@@ -84,6 +81,7 @@ def check_architecture(
         units and filters as tuples of ints.
     """
     units, filters = integers("units", units), integers("filters", filters)
+    check_flag("bottleneck", bottleneck)
     check_backward(backward, ways)
     check_unroll(unroll)
     if len(filters) != len(units) + 1:
@@ -106,8 +104,8 @@ def check_architecture(
 
 def check_images(images: Any, channels: int) -> None:
     """Raise a ValueError unless `images` is `[B, H, W, channels]`."""
-    if jnp.ndim(images) != 4 or images.shape[3] != channels:
+    if getattr(images, "ndim", None) != 4 or images.shape[3] != channels:
         raise ValueError(
-            f"images of shape {jnp.shape(images)}: give [B, H, W, {channels}], or make the network "
+            f"images are {describe(images)}: give [B, H, W, {channels}], or make the network "
             "with another in_channels."
         )

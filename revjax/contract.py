@@ -1,5 +1,6 @@
 """What the residual functions of a chain are given and must return, checked while tracing."""
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 
 from revjax.coupling import Coupling
 from revjax.grid import round_to_grid
-from revjax.trees import PyTree
+from revjax.trees import PyTree, check_arrays
 
 Gates = tuple[jax.Array | None, jax.Array | None] | None  # for f, for g; None: always open
 
@@ -26,6 +27,42 @@ class _Short:
         if not hasattr(self.leaf, "shape"):
             return type(self.leaf).__name__
         return f"{self.leaf.dtype}[{','.join(map(str, self.leaf.shape))}]"
+
+
+def check_function(name: str, function: Any) -> Callable:
+    """Return `function`, or raise a TypeError if it cannot be called."""
+    if not callable(function):
+        raise TypeError(f"{name}={function!r}: give a function.")
+    return function
+
+
+def check_key(key: Any) -> jax.Array:
+    """Return `key`, or raise a TypeError unless it is a single PRNG key, of either kind."""
+    kind, rank = getattr(key, "dtype", None), getattr(key, "ndim", None)
+    typed = kind is not None and jnp.issubdtype(kind, jax.dtypes.prng_key) and rank == 0
+    if not (typed or (kind == jnp.uint32 and rank == 1)):  # the latter: jax.random.PRNGKey
+        raise TypeError(f"key={key!r}: give a PRNG key, such as jax.random.key(step).")
+    return key
+
+
+def check_flag(name: str, flag: Any) -> bool:
+    """Return `flag`, or raise a TypeError unless it is True or False."""
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name}={flag!r}: give True or False.")
+    return flag
+
+
+def check_unroll(unroll: Any) -> int | bool:
+    """`unroll` as `lax.scan` takes it, or a ValueError unless it is True or a positive integer."""
+    if unroll is True:
+        return True
+    try:
+        number = 0 if unroll is False else operator.index(unroll)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"unroll={unroll!r}: give a positive integer, or True for all blocks.")
+    return number
 
 
 def check_pair(name: str, pair: PyTree, hint: str = "") -> PyTree:
@@ -64,6 +101,8 @@ def chain_blocks(params: PyTree, xs: PyTree, gates: PyTree) -> tuple[int | None,
             the rank that is due.
         ValueError: leading axes disagree, or there are none, or the lists differ in length.
     """
+    for name, tree in (("params", params), ("xs", xs)):
+        check_arrays(name, tree)
     if isinstance(params, list):
         for name, value in (("xs", xs), ("gates", gates)):
             if value is not None and not (isinstance(value, list) and len(value) == len(params)):
@@ -138,6 +177,7 @@ def residual_function(
     Returns:
         `(params, half, xs, args) -> (residual, aux)`; aux is None without has_aux.
     """
+    check_function(role, h)
     name = f"{role} ({getattr(h, '__name__', type(h).__name__)})"
     due = jax.eval_shape(coupling.residual_like, half)
 
@@ -160,6 +200,10 @@ def residual_function(
 
 def _types(tree):
     leaves, structure = jax.tree.flatten(tree)
-    return structure, [
-        (jnp.shape(a), a.dtype if hasattr(a, "dtype") else jnp.result_type(a)) for a in leaves
-    ]
+    return structure, [_type(leaf) for leaf in leaves]
+
+
+def _type(leaf):
+    if isinstance(leaf, bool | int | float | complex):
+        return jnp.shape(leaf), jnp.result_type(leaf)
+    return getattr(leaf, "shape", None), getattr(leaf, "dtype", type(leaf))

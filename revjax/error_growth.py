@@ -11,10 +11,10 @@ import jax.numpy as jnp
 
 from revjax.architecture import integers
 from revjax.check import largest_difference, normal_like, relative_error
-from revjax.contract import chain_blocks
+from revjax.contract import chain_blocks, check_function, check_pair
 from revjax.grid import round_to_grid
 from revjax.reversible import Pair, rev_chain_apply, rev_chain_inverse
-from revjax.trees import PyTree, is_inexact, vjp
+from revjax.trees import PyTree, check_arrays, is_inexact, vjp
 
 COLOURS = ("#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")  # Okabe and Ito
 MEASURES = {
@@ -149,7 +149,8 @@ def drift(
         A `Drift`: print it for a table, look at its rows, or `plot()` it.
 
     Raises:
-        TypeError, ValueError: what `rev_chain_apply` raises; params is a list; or a depth is none.
+        TypeError, ValueError: what `rev_chain_apply` raises; params is a list; or a dtype, a grid
+            or a depth is none.
 
     Example:
         >>> def dense(w, x): return jnp.tanh(x @ w)
@@ -164,6 +165,10 @@ def drift(
     """
     if isinstance(params, list):
         raise TypeError("params is a list: give stacked parameters, of which some can be taken.")
+    check_function("f", f)
+    check_function("g", g)
+    x1, x2 = check_arrays("x", check_pair("x", x))
+    x = jax.tree.map(jnp.asarray, (x1, x2))
     depth, *_ = chain_blocks(params, None, None)  # of all of them, before some are taken
     assert depth is not None
     if depths is None:
@@ -172,14 +177,30 @@ def drift(
     if max(depths) > depth:
         raise ValueError(f"depths={depths}: the chain has {depth} blocks.")
     rows = []
-    for dtype in dtypes:
-        for bits in grid_bits:
-            measure = _measure(f, g, jnp.dtype(dtype), bits)
+    for dtype in map(_floating, _listed("dtypes", dtypes)):
+        for bits in _listed("grid_bits", grid_bits):
+            measure = _measure(f, g, dtype, bits)
             for number in depths:
                 some = jax.tree.map(lambda leaf, number=number: leaf[:number], params)
                 errors = measure(some, x, args)
-                rows.append(DriftRow(jnp.dtype(dtype).name, bits, number, *errors))
+                rows.append(DriftRow(dtype.name, bits, number, *errors))
     return Drift(tuple(rows))
+
+
+def _listed(name, values):
+    if not isinstance(values, list | tuple):
+        raise TypeError(f"{name}={values!r}: give a list.")
+    return values
+
+
+def _floating(name):
+    try:
+        dtype = None if name is None else jnp.dtype(name)  # NumPy takes None for float64
+    except (TypeError, ValueError):
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype={name!r}: give a floating one, such as bfloat16.")
+    return dtype
 
 
 def _measure(f, g, dtype, bits):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import checkify
 
-from revjax.trees import PyTree, is_inexact
+from revjax.trees import PyTree, check_arrays, is_inexact
 
 GridBits = int | Literal["default"] | None
 
@@ -41,7 +41,7 @@ def round_to_grid(tree: PyTree, grid_bits: int | None) -> PyTree:
         >>> print(round_to_grid(jnp.float32(0.3), 2))
         0.25
     """
-    bits = resolve_grid_bits(grid_bits, DEFAULT_GRID_BITS, tree)
+    bits = resolve_grid_bits(grid_bits, DEFAULT_GRID_BITS, check_arrays("tree", tree))
     if bits is None:
         return tree
 
@@ -89,12 +89,16 @@ def resolve_grid_bits(grid_bits: GridBits, default: int | None, stream: PyTree) 
                 f"may compute in {dtype} and cast their result), or pass grid_bits=None for the "
                 "plain float coupling, whose gradient error grows with depth."
             )
-        if not 0 <= bits <= jnp.finfo(dtype).nmant:
-            raise ValueError(
-                f"grid_bits={grid_bits}: give an integer from 0 to {jnp.finfo(dtype).nmant} for a "
-                f"{dtype} stream, or None for the plain float coupling."
-            )
+        _check_fits(bits, dtype)
     return bits
+
+
+def _check_fits(bits, dtype):
+    if not 0 <= bits <= jnp.finfo(dtype).nmant:
+        raise ValueError(
+            f"grid_bits={bits}: give an integer from 0 to {jnp.finfo(dtype).nmant} for a "
+            f"{dtype} stream, or None for the plain float coupling."
+        )
 
 
 def stream_bound(grid_bits: int | None, dtype: Any = jnp.float32) -> float:
@@ -108,13 +112,24 @@ def stream_bound(grid_bits: int | None, dtype: Any = jnp.float32) -> float:
         `2**(24 - k)` for float32, `2**(53 - k)` for float64, infinity without a grid.
 
     Raises:
-        ValueError: the dtype is not one of floats.
+        ValueError: the dtype is another, or k none that its significand has room for.
+        TypeError: grid_bits is no integer.
 
     Example:
         >>> stream_bound(14)
         1024.0
     """
-    return float("inf") if grid_bits is None else 2.0 ** (jnp.finfo(dtype).nmant + 1 - grid_bits)
+    if grid_bits is None:
+        return float("inf")
+    try:
+        known = None if dtype is None else jnp.dtype(dtype)  # NumPy takes None for float64
+    except (TypeError, ValueError):
+        known = None
+    if known is None or known not in (jnp.float32, jnp.float64):
+        raise ValueError(f"dtype={dtype!r}: give float32 or float64.")
+    bits: Any = resolve_grid_bits(grid_bits, DEFAULT_GRID_BITS, ())
+    _check_fits(bits, known)
+    return 2.0 ** (jnp.finfo(known).nmant + 1 - bits)
 
 
 def stream_peak(stream: PyTree) -> jax.Array:

@@ -23,7 +23,7 @@ from typing import Any, Literal, TypedDict, Unpack
 import jax
 import jax.numpy as jnp
 
-from revjax.contract import Gates, check_backward, check_pair
+from revjax.contract import Gates, check_backward, check_function, check_pair, check_unroll
 from revjax.coupling import Coupling, additive
 from revjax.gate import run_if
 from revjax.grid import GridBits, stream_bound, stream_peak
@@ -190,6 +190,9 @@ def apply_chains(
     All else is as for `rev_chain_apply`. Returns y, and what each chain has for its aux.
     """
     check_backward(backward)
+    check_unroll(unroll)
+    if range_check is not None:
+        check_function("range_check", range_check)
     bits, x, segments, operands = lay_out(chains, x, args, coupling, grid_bits, has_aux)
     track = range_check is not None
     if backward == "reversible" and 0 not in [segment.depth for segment in segments]:
@@ -239,6 +242,7 @@ def rev_chain_inverse(
         >>> print(rev_chain_apply(dense, dense, (w, w), x)[0][0])
         [1. 1. 1.]
     """
+    check_unroll(unroll)
     chain = f, g, params, xs, gates
     _, y, segments, operands = lay_out([chain], y, args, coupling, grid_bits, has_aux)
     for segment, (params, xs, shared) in zip(reversed(segments), reversed(operands), strict=True):

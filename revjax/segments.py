@@ -11,10 +11,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from revjax.contract import chain_blocks, check_coupling, check_pair, residual_function
+from revjax.contract import (
+    chain_blocks,
+    check_coupling,
+    check_flag,
+    check_pair,
+    residual_function,
+)
 from revjax.coupling import Coupling
 from revjax.grid import resolve_grid_bits, round_to_grid
-from revjax.trees import hoist_closure
+from revjax.trees import check_arrays, hoist_closure
 
 
 class Block(NamedTuple):
@@ -34,7 +40,9 @@ class Segment(NamedTuple):
 
 def lay_out(chains, x, args, coupling, grid_bits, has_aux):
     """Check the inputs, put x on the grid, and lay the chains out as segments and operands."""
-    bits = resolve_grid_bits(grid_bits, check_coupling(coupling).grid_bits, check_pair("x", x))
+    check_flag("has_aux", has_aux)
+    check_arrays("x", check_pair("x", x))
+    bits = resolve_grid_bits(grid_bits, check_coupling(coupling).grid_bits, x)
     x1, x2 = x = round_to_grid(jax.tree.map(jnp.asarray, tuple(x)), bits)
     segments, operands = [], []
     for f, g, params, xs, gates in chains:

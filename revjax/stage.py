@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from revjax.architecture import check_unroll, integer
-from revjax.contract import check_backward, check_coupling, check_pair
+from revjax.architecture import integer
+from revjax.contract import check_backward, check_coupling, check_key, check_pair, check_unroll
 from revjax.coupling import Coupling, additive
 from revjax.grid import GridBits
 from revjax.layers import pure, stack
 from revjax.reversible import Backward, Pair, apply_chains, rev_chain_inverse
 from revjax.stochastic_depth import apply_gated
-from revjax.trees import PyTree, is_inexact
+from revjax.trees import PyTree, check_arrays, is_inexact
 
 StageGates = tuple[jax.Array | None, jax.Array | None]  # for F and G, [depth, ...]; None: all run
 
@@ -144,7 +144,7 @@ class ReversibleStage(nnx.Module):
 
         watch is called with the state before and after each call of a module.
         """
-        gates = check_pair("gates", gates)
+        gates = check_arrays("gates", check_pair("gates", gates))
         for gate in gates:
             if gate is not None and not _is_drawn(gate) and not is_inexact(gate):
                 raise TypeError(
@@ -152,7 +152,7 @@ class ReversibleStage(nnx.Module):
                     "not, or floating factors of the residuals."
                 )
         number = (2,) if self.depth is None else (self.depth, 2)
-        keys = None if key is None else jax.random.split(key, number)
+        keys = None if key is None else jax.random.split(check_key(key), number)
         both = [pure(self.f), pure(self.g)]
         drawn = tuple(gate if _is_drawn(gate) else None for gate in gates)
         factors = tuple(None if _is_drawn(gate) else gate for gate in gates)

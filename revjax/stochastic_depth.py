@@ -9,14 +9,17 @@ gradient is zero: a step costs the time of the open ones.
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from revjax.architecture import integer, number
+from revjax.contract import check_key
 from revjax.gate import run_if
 from revjax.trees import PyTree
 
@@ -119,17 +122,51 @@ def draw_gates(
 
     Raises:
         TypeError: key is none, or dtype is not a floating one.
+        ValueError: probabilities or batch_size has no such value. Traced ones are not looked at.
 
     Example:
         >>> draw_gates(jax.random.key(0), [1.0, 1.0]).tolist()
         [True, True]
     """
+    check_key(key)
+    _check_floating(dtype)
+    if not isinstance(probabilities, Tracer):
+        probabilities = _checked_probabilities(probabilities)
+    if batch_size is not None and (isinstance(batch_size, bool) or not _is_size(batch_size)):
+        raise ValueError(f"batch_size={batch_size!r}: give None or the number of images.")
     p = jnp.asarray(probabilities, dtype)
     if batch_size is None:
         return jax.random.bernoulli(key, p)
     p = p.reshape(-1, 1, 1, 1, 1)
     open_ = jax.random.bernoulli(key, p, (len(p), batch_size, 1, 1, 1))
     return jnp.where(open_, 1 / p, 0)
+
+
+def _check_floating(dtype):
+    try:
+        floating = jnp.issubdtype(dtype, jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise TypeError(f"dtype={dtype!r}: give a floating one, such as float32.")
+
+
+def _checked_probabilities(probabilities):
+    try:
+        p = np.asarray(probabilities)
+        p = p.astype(np.float64, casting="same_kind") if p.size else np.zeros(p.shape)
+    except (TypeError, ValueError, OverflowError):
+        p = np.float64(np.nan)
+    if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():  # which NaN is not
+        raise ValueError(f"probabilities={probabilities!r}: give numbers from 0 to 1, [L].")
+    return p
+
+
+def _is_size(value):
+    try:
+        return operator.index(value) >= 0
+    except TypeError:
+        return False
 
 
 def check_stochastic_depth(how: Any) -> StochasticDepth | None:
@@ -169,6 +206,11 @@ def network_gates(
     )
 
 
+def _broadcasts(shape, due):
+    fits = len(shape) in (0, len(due))
+    return fits and all(n in (1, m) for n, m in zip(shape, due, strict=False))
+
+
 def apply_gated(
     apply: Callable, gate: jax.Array | None, params: PyTree, statistics: PyTree, *x: PyTree
 ) -> tuple[PyTree, PyTree]:
@@ -184,6 +226,9 @@ def apply_gated(
         return apply(params, statistics, *x)
     if gate.dtype != bool:
         residual, statistics = apply(params, statistics, *x)
+        shapes = {jnp.shape(leaf) for leaf in jax.tree.leaves(residual)}
+        if not all(_broadcasts(gate.shape, shape) for shape in shapes):
+            raise ValueError(f"a gate {gate.shape} for residuals {shapes}: give one of their rank.")
         gate = jax.lax.stop_gradient(gate)
         return jax.tree.map(lambda r: gate * r, residual), statistics
 

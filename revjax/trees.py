@@ -19,6 +19,19 @@ def is_inexact(leaf) -> bool:
     return jnp.issubdtype(jax.typeof(leaf).dtype, jnp.inexact)
 
 
+def check_arrays(name: str, tree: PyTree) -> PyTree:
+    """Return `tree`, or raise a TypeError unless every leaf is an array or a number."""
+    for leaf in jax.tree.leaves(tree):
+        try:
+            jax.typeof(leaf)
+        except TypeError as error:
+            raise TypeError(
+                f"{name} has a leaf that is no array, {leaf!r}; bind what is static by "
+                "functools.partial."
+            ) from error
+    return tree
+
+
 def partition(tree: PyTree) -> tuple[PyTree, PyTree]:
     """Split into `(floating leaves, other leaves)`, with None in the holes."""
     floating = jax.tree.map(lambda leaf: leaf if is_inexact(leaf) else None, tree)

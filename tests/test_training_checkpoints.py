@@ -1,5 +1,7 @@
 """Checkpoints come back bit for bit, or are named as damaged and the one before is used."""
 
+import os
+import resource
 import shutil
 from unittest.mock import Mock
 
@@ -33,6 +35,7 @@ def states():
             interval=Interval(jnp.int32(3), jnp.float32(0.7), jnp.int32(9), jnp.float32(2)),
             stream_peak=jnp.float32(2.5),
             failed_step=jnp.int32(0),
+            skipped=jnp.int32(0),
         )
 
     return {step: state(step) for step in (0, 10, 20, 30)}
@@ -111,6 +114,20 @@ def test_a_save_that_fails_is_an_error(tmp_path, states, monkeypatch, waiting, f
             checkpoints.wait()
 
 
+def test_the_newest_is_so_by_its_step_whatever_the_clock_says(saved, states):
+    """The clock was set back: what there is comes from the future, the oldest most of all."""
+    for step, year in ((20, 2300), (30, 2200)):
+        for path in (saved / str(step)).rglob("*"):
+            seconds = (year - 1970) * 31_556_952
+            os.utime(path, (seconds, seconds))
+    restored, told = restore(saved, states[0])
+    assert restored is not None
+    assert (restored.step, told) == (30, [])
+    with Checkpoints(saved, keep=2) as checkpoints:
+        checkpoints.save(40, states[10], wall_seconds=0.0)
+    assert steps(saved) == [30, 40]
+
+
 def test_none_without_checkpoints(tmp_path, states):
     assert restore(tmp_path / "checkpoints", states[0]) == (None, [])
 
@@ -140,13 +157,32 @@ def lose_the_record(directory):
     shutil.rmtree(directory / "record")
 
 
-def empty_the_seal(directory):
-    (directory / "files.json").write_bytes(b"")
+def seal_with(text):
+    return lambda directory: (directory / "files.json").write_text(text)
 
 
-DAMAGES = [truncate, flip_a_bit, lose_a_file, lose_the_record, empty_the_seal]
+def lose_the_seal_and(damage):
+    def do(directory):
+        (directory / "files.json").unlink()
+        damage(directory)
+
+    return do
 
 
+def lose_all(directory):
+    for path in directory.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+# Of tensorstore, whose reads and writes end after orbax has given up on them.
+late = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+DAMAGES = [truncate, flip_a_bit, lose_a_file, lose_the_record, lose_all]
+DAMAGES += [seal_with(text) for text in ("", "[]", "{}", "\0")]
+DAMAGES += [lose_the_seal_and(damage) for damage in (truncate, lose_a_file, lose_the_record)]
+
+
+@late
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_set_aside(saved, states, damage):
     damage(saved / "30")
@@ -157,12 +193,78 @@ def test_a_damaged_checkpoint_is_named_and_set_aside(saved, states, damage):
     assert len(told) == 1
     assert "the checkpoint of step 30 is not whole: " in told[0]
     assert steps(saved) == [20]
-    assert (saved.parent / "damaged_checkpoints" / "30" / "state").is_dir()
+    assert (saved.parent / "damaged_checkpoints" / "30").is_dir()
 
-    checkpoints = Checkpoints(saved, keep=2)  # and the step can be saved again
+
+def test_what_was_set_aside_can_be_saved_again(saved, states):
+    truncate(saved / "30")
+    restore(saved, states[0])
+    checkpoints = Checkpoints(saved, keep=2)
     checkpoints.save(30, states[30], wall_seconds=0.0)
     checkpoints.close()
     assert steps(saved) == [20, 30]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["truncated", "flipped", "missing"])
+def test_damage_to_any_file_is_named(saved, states, how, tmp_path):
+    """Each file of a checkpoint in turn, the seal too: all but a missing seal are noticed."""
+    files = [path.relative_to(saved / "30") for path in (saved / "30").rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for number, name in enumerate(files):
+        run = shutil.copytree(saved, tmp_path / str(number) / "checkpoints")
+        path = run / "30" / name
+        data = path.read_bytes()
+        path.unlink()
+        if how == "truncated" and data:
+            path.write_bytes(data[: len(data) // 2])
+        elif how == "flipped" and data:
+            path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+        restored, told = restore(run, states[0])
+        assert restored is not None
+        if name.name == "files.json" and how == "missing":
+            assert (restored.step, told) == (30, [])
+            continue
+        assert restored.step == 20, name
+        assert name.name in told[0]
+        chex.assert_trees_all_equal(restored.state, states[20])
+        assert (run.parent / "damaged_checkpoints" / "30").is_dir()
+
+
+def test_a_folder_that_is_no_checkpoint_is_set_aside_or_left(saved, states):
+    (saved / "40").mkdir()
+    (saved / "notes").mkdir()
+    restored, told = restore(saved, states[0])
+    assert restored is not None
+    assert restored.step == 30
+    assert [
+        sentence for sentence in told if "step 40 is not whole: it has no files.json" in sentence
+    ]
+    assert sorted(path.name for path in saved.iterdir()) == ["20", "30", "notes"]
+    chex.assert_trees_all_equal(restored.state, states[30])
+
+
+@late
+@pytest.mark.parametrize("limit", [0, 2_000])
+def test_a_disk_without_room(saved, states, limit):
+    """By the kernel: no file of this process may grow beyond the limit while it saves."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+    try:
+        with (
+            pytest.raises(TrainingError, match="the checkpoint of step 40 could not be written: "),
+            Checkpoints(saved, keep=2) as checkpoints,
+        ):
+            checkpoints.save(40, states[10], wall_seconds=0.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    restored, told = restore(saved, states[0])
+    assert restored is not None
+    assert (restored.step, told) == (30, [])
+    chex.assert_trees_all_equal(restored.state, states[30])
+    with Checkpoints(saved, keep=2) as checkpoints:  # room was made
+        checkpoints.save(40, states[10], wall_seconds=0.0)
+    assert 40 in steps(saved)
 
 
 def test_a_reader_leaves_a_damaged_checkpoint_alone(saved, states):

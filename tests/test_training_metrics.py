@@ -1,6 +1,7 @@
 """metrics.jsonl and the TensorBoard events of a run that stops, is killed, and goes on."""
 
 import json
+import resource
 
 import pytest
 from tensorboardX.proto import event_pb2
@@ -60,6 +61,28 @@ def test_a_number_that_json_has_not_is_no_row(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         log.write(row(10, loss=float("nan")))
     log.close()
+
+
+def test_a_full_disk_is_an_error_and_loses_no_row_that_was_synced(tmp_path):
+    """By the kernel: no file may grow beyond a size. It does not hang, nor fail once more."""
+    log = MetricsLog(tmp_path, step=0)
+    log.write(row(10))
+    log.sync()
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 9, old[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            for step in range(20, 1000, 10):
+                log.write(row(step))
+        log.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert (tmp_path / "metrics.jsonl").stat().st_size > size  # a torn line
+    log = MetricsLog(tmp_path, step=10)
+    log.close()
+    assert log.rows == [row(10)]
+    assert read_rows(tmp_path) == [row(10)]
 
 
 def events(directory):

@@ -16,7 +16,7 @@ from revjax.training.evaluation import Evaluator
 from revjax.training.interrupt import StopSignals
 from revjax.training.optimizer import learning_rate_schedule, make_optimizer
 from revjax.training.state import abstract_model, draw, initial_state
-from revjax.training.step import make_train_steps, put_on_device
+from revjax.training.step import make_train_step, make_train_steps, put_on_device
 
 MOST = 7  # steps a dispatch
 
@@ -158,6 +158,31 @@ def test_a_step_that_is_not_finite_is_the_last(train_steps, begin):
     assert state.step == 4
     state, report = train_steps(state, 4, 3)
     assert (int(state.step), int(report.failed_step)) == (4, 4)
+
+
+def test_steps_that_are_not_finite_can_be_skipped(begin, config, data):
+    """Bit for bit the run without them; one more than the option allows is a failure."""
+    config = dataclasses.replace(config, skip_nonfinite=2, log_every=3)
+    step = make_train_step(config, abstract_model(config), make_optimizer(config.optim))
+    images = data["train"].images[:50].astype(jnp.float32)
+    labels = data["train"].labels[:50]
+    poisoned = images.at[7, 0, 0, 0].set(jnp.nan)
+    step = jax.jit(step).lower(begin(), images, labels).compile()
+
+    state = due = begin()
+    for number, batch in enumerate([images, poisoned, images, poisoned, images]):
+        state = step(state, batch, labels)
+        kept = due._replace(step=due.step + 1)  # what leaves the step out
+        due = step(due, batch, labels) if batch is images else kept
+        assert (int(state.step), int(state.failed_step)) == (number + 1, 0)
+        if number == 3:  # where the sums begin anew, with nothing to sum
+            assert int(state.interval.steps) == 0
+            due = due._replace(interval=state.interval)
+    assert (int(state.skipped), int(due.skipped)) == (2, 0)
+    chex.assert_trees_all_equal(state._replace(skipped=due.skipped), due)
+
+    state = step(state, poisoned, labels)
+    assert (int(state.failed_step), int(state.skipped)) == (6, 2)
 
 
 def held_out(config):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import SingleDeviceSharding
 
+from revjax.contract import check_function
 from revjax.memory.operations import count_operations
 from revjax.memory.target import find_device
 
@@ -59,6 +60,7 @@ def memory_report(
         temporaries: all have their places for the whole run of a program.
 
     Raises:
+        TypeError: fn is no function, or JAX's for an argument that is no array.
         ValueError: there is no such topology, or no argument to compile for it; or its compiler
             does not tell what memory a program needs.
         RuntimeError: the compiler for the topology is not installed, or another process has it.
@@ -79,13 +81,14 @@ def compile_with_report(
     compiler_options: dict[str, Any] | None = None,
 ) -> tuple[Any, MemoryReport]:
     """The compiled program, as `jax.stages.Compiled`, with what `memory_report` says of it."""
+    check_function("fn", fn)
     if topology is not None:
         if not jax.tree.leaves(args):
             raise ValueError(
                 f"topology={topology!r}: the device goes with the arguments, and there is no array "
                 "among them; make a constant of the function an argument."
             )
-        sharding = SingleDeviceSharding(find_device(topology))
+        sharding = SingleDeviceSharding(find_device(str(topology)))
         args = jax.tree.map(lambda leaf: _abstract(leaf, sharding), args)
     jitted: Any = fn if hasattr(fn, "trace") and hasattr(fn, "lower") else jax.jit(fn)
     began = time.perf_counter()

@@ -33,7 +33,7 @@ class Checkpoints:
     Orbax writes a checkpoint under a temporary name and renames it, so that it is there whole or
     not at all, whenever the process is killed. Then it is sealed by `files.json`, which has the
     CRC-32 of every file: what a disk does to one later is noticed. A checkpoint without a seal is
-    one whose process was killed in between.
+    one whose process was killed in between: it is whole if it can be read.
 
     All this is done in a thread, one checkpoint at a time, while the training goes on.
 
@@ -126,11 +126,18 @@ class Checkpoints:
         self.wait()
         damaged = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
-            damage = _damage(self.directory / str(step))
-            if damage is not None:
+            damage, restored = _damage(self.directory / str(step)), None
+            if damage is None:
+                try:
+                    restored = self.restore(step, template)
+                except Exception as error:  # of orbax or tensorstore, of no common class
+                    if (self.directory / str(step) / SEAL).exists():
+                        raise
+                    reason = str(error).partition("\n")[0]
+                    damage = f"it has no {SEAL} and cannot be read ({reason})"
+            if restored is None:
                 damaged[step] = f"the checkpoint of step {step} is not whole: {damage}"
                 continue
-            restored = self.restore(step, template)
             for step, sentence in damaged.items():
                 place = self.directory / str(step) if self._read_only else self._set_aside(step)
                 tell(f"{sentence}; it is left in {place}.")
@@ -205,7 +212,9 @@ def _crc(path: Path) -> int:
 def _damage(folder: Path) -> str | None:
     """What is wrong with a sealed checkpoint's files, or None."""
     try:
-        seal: dict[str, int] = json.loads((folder / SEAL).read_text())
+        seal = json.loads((folder / SEAL).read_text())
+        if not isinstance(seal, dict) or not seal:
+            raise ValueError("it names no file")
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

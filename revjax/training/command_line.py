@@ -61,11 +61,12 @@ def parse_arguments(argv: Sequence[str]) -> Arguments | str:
         )
 
     config = _load_config(own.config)
+    given: set[str] = set()
     for argument in rest:
-        override = re.match(r"--?(?:no)?config\.([^=]*)", argument)
-        if override:
+        if override := re.match(r"--?(?:no)?config\.([^=]*)", argument):
             _add_optional(config, override[1])
-            _check_key(config, override[1])
+            _check_key(config, override[1], given)
+            given.add(override[1])
     overrides = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", config, flag_values=overrides, sys_argv=rest)
     try:
@@ -130,8 +131,8 @@ def _add_optional(config: ConfigDict, key: str) -> None:
             config[last] = known[key]
 
 
-def _check_key(config: ConfigDict, key: str) -> None:
-    """Raise unless `key`, as in "data.name", leads to a value in `config`."""
+def _check_key(config: ConfigDict, key: str, given: set[str]) -> None:
+    """Raise unless `key`, as in "data.name", leads to a value in `config`, and is not yet given."""
     group, path = config, "config"
     for part in key.split("."):
         if not isinstance(group, ConfigDict):
@@ -141,6 +142,10 @@ def _check_key(config: ConfigDict, key: str) -> None:
                 f"--config.{key}: {path} has no key {part!r}; it has {', '.join(sorted(group))}."
             )
         group, path = group[part], f"{path}.{part}"
+    if isinstance(group, ConfigDict):
+        raise ConfigError(f"--config.{key}: {path} is a group; set its keys one by one.")
+    if key in given:  # the values of a tuple would be joined
+        raise ConfigError(f"--config.{key} is given twice; give it once.")
 
 
 def _last_line(error: Exception) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from revjax.architecture import FLOAT32_MAX
 from revjax.conventions import CONVENTIONS
 from revjax.data import HOLD_OUT_SIZES, NORMALIZATIONS, DataError, dataset_info
 from revjax.models import FAMILIES, family_of, list_models
@@ -28,7 +29,6 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 DECAYS = ("kernels", "all")
 OPTIMIZERS = ("sgd", "adamw")
 BN_SCOPES = ("global", "device")
-FLOAT_MAX = float(jnp.finfo(jnp.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +115,7 @@ class Config:
     keep_checkpoints: int
     precise_bn_batches: int  # whose statistics an evaluation uses; 0: the running averages
     mesh: MeshConfig = MeshConfig()
+    skip_nonfinite: int = 0  # steps that may be left out, over the run, as they are not finite
 
 
 def check_config(values: ConfigDict) -> Config:
@@ -188,15 +189,16 @@ def check_config(values: ConfigDict) -> Config:
         size = getattr(config.mesh, key)
         fits = size > 0 or (size == -1 and key == "data")
         require(fits, f"mesh.{key}", "a number of devices" + " or -1, for all," * (key == "data"))
-    require(config.precise_bn_batches >= 0, "precise_bn_batches", "a number from 0")
+    for key in ("precise_bn_batches", "skip_nonfinite"):
+        require(getattr(config, key) >= 0, key, "a number from 0")
     fits = family != "revvit" or not config.precise_bn_batches
     require(fits, "precise_bn_batches", f"0, as {model.name} has no batch statistics,")
     require(0 < config.steps < 2**31, "steps", "a number from 1 to 2^31 - 1")
     require(0 <= config.seed < 2**31, "seed", "a number from 0 to 2^31 - 1")
-    require(0 < optim.learning_rate < FLOAT_MAX, "optim.learning_rate", "a number above 0")
-    require(0 < optim.decay_factor < FLOAT_MAX, "optim.decay_factor", "a number above 0")
+    require(0 < optim.learning_rate < FLOAT32_MAX, "optim.learning_rate", "a number above 0")
+    require(0 < optim.decay_factor < FLOAT32_MAX, "optim.decay_factor", "a number above 0")
     require(0 <= optim.momentum < 1, "optim.momentum", "a number in [0, 1)")
-    require(0 <= optim.weight_decay < FLOAT_MAX, "optim.weight_decay", "a number from 0")
+    require(0 <= optim.weight_decay < FLOAT32_MAX, "optim.weight_decay", "a number from 0")
     require(optim.decay in DECAYS, "optim.decay", f"one of {', '.join(DECAYS)}")
     require(optim.name in OPTIMIZERS, "optim.name", f"one of {', '.join(OPTIMIZERS)}")
     plain = optim.name == "sgd" or not optim.nesterov
@@ -206,7 +208,7 @@ def check_config(values: ConfigDict) -> Config:
     require(0 <= optim.warmup_steps < 2**31, "optim.warmup_steps", "a number from 0")
     rate = optim.warmup_rate
     if optim.warmup_steps:
-        fits = rate is not None and 0 < rate < FLOAT_MAX
+        fits = rate is not None and 0 < rate < FLOAT32_MAX
         require(fits, "optim.warmup_rate", "a number above 0 for the warm-up's steps")
     else:
         require(rate is None, "optim.warmup_rate", "None, as config.optim.warmup_steps is 0,")
@@ -214,7 +216,7 @@ def check_config(values: ConfigDict) -> Config:
     increasing = all(left < right for left, right in edges)
     require(increasing, "optim.boundaries", "a tuple of increasing steps above 0")
     last = math.log(optim.learning_rate) + len(optim.boundaries) * math.log(optim.decay_factor)
-    fits = last < math.log(FLOAT_MAX)
+    fits = last < math.log(FLOAT32_MAX)
     require(fits, "optim.decay_factor", "a rate that stays a float32 number to the last boundary")
 
     # Against the data.
@@ -275,10 +277,14 @@ def _value(hint: Any, value: Any, key: str) -> Any:
         return float(value)
     if hint == tuple[int, ...]:
         if isinstance(value, tuple) and all(type(item) is int for item in value):
-            return value
-        raise ConfigError(f"{key} is {value!r}; a tuple of integers is due.")
+            return tuple(_value(int, item, key) for item in value)
+        shown = "a group of keys" if isinstance(value, ConfigDict) else repr(value)
+        raise ConfigError(f"{key} is {shown}; a tuple of integers is due.")
     if type(value) is not hint:
-        raise ConfigError(f"{key} is {value!r}; {hint.__name__} is due.")
+        shown = "a group of keys" if isinstance(value, ConfigDict) else repr(value)
+        raise ConfigError(f"{key} is {shown}; {hint.__name__} is due.")
+    if hint is int and not -(2**31) <= value < 2**31:  # the step counts in 32 bits
+        raise ConfigError(f"{key} is {value!r}; an integer of at most 32 bits is due.")
     return value
 
 

@@ -1,14 +1,20 @@
 """What a run measured: `metrics.jsonl`, one JSON object a row, and the same for TensorBoard."""
 
+import contextlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+from tensorboardX.summary import scalar
 
 from revjax.training.errors import TrainingError
 from revjax.training.processes import from_first
+
+proto: Any = event_pb2  # whose classes are made at run time
 
 
 def read_rows(workdir: Path) -> list[dict[str, Any]]:
@@ -58,9 +64,11 @@ class MetricsLog:
         temporary.write_text("".join(map(_line, self.rows)))
         os.replace(temporary, self._path)
         self._file = open(self._path, "a")  # noqa: SIM115 (close() closes it)
-        self._events = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=step + 1, filename_suffix=f".{step}"
-        )
+        # Not SummaryWriter: its thread dies on a full disk, and the run would wait for it forever.
+        (workdir / "tensorboard").mkdir(exist_ok=True)
+        self._events = EventsWriter(str(workdir / "tensorboard" / "events"), f".{step}")
+        forget = proto.SessionLog(status=proto.SessionLog.START)  # what was read from there on
+        self._events.write_event(proto.Event(step=step + 1, session_log=forget))
 
     def write(self, row: dict[str, Any]) -> None:
         """Add a row; `step` and `split` say what it is about, the rest are numbers."""
@@ -71,7 +79,9 @@ class MetricsLog:
         self._file.flush()
         for name, value in row.items():
             if name not in ("step", "split"):
-                self._events.add_scalar(f"{row['split']}/{name}", value, row["step"])
+                summary = scalar(f"{row['split']}/{name}", value)
+                event = proto.Event(wall_time=time.time(), step=row["step"], summary=summary)
+                self._events.write_event(event)
 
     def last(self, split: str) -> dict[str, Any] | None:
         """Return the newest row of a split, if there is one."""
@@ -89,11 +99,16 @@ class MetricsLog:
         self._events.flush()
 
     def close(self) -> None:
-        """Close both files."""
+        """Close both files.
+
+        What a full disk then keeps out are rows after the newest checkpoint, since `sync` comes
+        before each: the next start makes them again.
+        """
         if not self._writes:
             return
-        self._file.close()
-        self._events.close()
+        for file in (self._file, self._events):
+            with contextlib.suppress(OSError):
+                file.close()
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -67,7 +67,7 @@ def join_processes(
             f"({str(error).splitlines()[0]}); start all at once, with the same --coordinator."
         ) from error
     if jax.process_count() > 1 and jax.default_backend() == "cpu":
-        # With JAX 0.10.2 a program from the cache returns garbage where processes exchange anything.
+        # With JAX 0.10.2 programs from it return garbage where processes exchange anything.
         jax.config.update("jax_enable_compilation_cache", False)
 
 

@@ -40,6 +40,7 @@ class TrainState(NamedTuple):
     interval: Interval
     stream_peak: jax.Array  # float32 [], largest |stream| of all steps done
     failed_step: jax.Array  # int32 [], the step, from 1, that was not finite; 0: there is none
+    skipped: jax.Array  # int32 [], steps that were left out since they were not finite
 
 
 class Abstract(NamedTuple):
@@ -95,10 +96,10 @@ def abstract_model(config: Config) -> Abstract:
     """
     image_shape = dataset_info(config.data.name, data_dir=config.data.dir).image_shape
     images = jax.ShapeDtypeStruct((config.batch_size, *image_shape), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
     try:
         model = nnx.eval_shape(lambda: build_model(config))
-        key = jax.random.key(0)
-        nnx.eval_shape(lambda model, images: model(images, key=key), model, images)
+        nnx.eval_shape(lambda model, images, key: model(images, key=key), model, images, key)
     except ValueError as error:
         raise ConfigError(f"config.model: {error}") from error
     model.train()
@@ -132,6 +133,7 @@ def initial_state(config: Config, optimizer: optax.GradientTransformation) -> Tr
         interval=Interval(jnp.int32(0), jnp.float32(0), jnp.int32(0), jnp.float32(0)),
         stream_peak=jnp.float32(0),
         failed_step=jnp.int32(0),
+        skipped=jnp.int32(0),
     )
 
 

@@ -46,6 +46,8 @@ class Report(NamedTuple):
     stream_peak: jax.Array  # float32 [], largest |stream|
     run_peak: jax.Array  # float32 [], the same since step 0
     failed_step: jax.Array  # int32 [], as in TrainState
+    skipped: jax.Array  # int32 [], as in TrainState
+    counted: jax.Array  # int32 [], steps that loss and accuracy are of: all but those skipped
     agreed: Votes  # what the processes agree on
 
 
@@ -88,6 +90,10 @@ def make_train_step(
     """Return `train_step(state, images, labels) -> state`, which is not jitted.
 
     `images` is a batch as the network sees it, float32 `[B, H, W, C]`; `labels` is int32 `[B]`.
+
+    A step whose loss, gradient or update is not finite has failed. Up to `config.skip_nonfinite`
+    of a run are skipped instead: parameters, variables, the optimizer's state and sums are as
+    before the step, the learning rate's schedule too, and only the step counter moves on.
     """
 
     def gradient(
@@ -132,7 +138,7 @@ def make_train_step(
         fresh = state.step % config.log_every == 0  # the first step after a logged one
         last = jax.tree.map(lambda total: jnp.where(fresh, 0, total), state.interval)
         finite = jnp.isfinite(loss + optax.tree.norm(grads) + optax.tree.norm(updates))
-        return TrainState(
+        done = TrainState(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
             variables=variables,
@@ -145,7 +151,15 @@ def make_train_step(
             ),
             stream_peak=jnp.maximum(state.stream_peak, peak),
             failed_step=jnp.where(finite, 0, state.step + 1),
+            skipped=state.skipped,
         )
+        if not config.skip_nonfinite:
+            return done
+        skipped = state._replace(
+            step=state.step + 1, interval=last, failed_step=jnp.int32(0), skipped=state.skipped + 1
+        )
+        skip = ~finite & (state.skipped < config.skip_nonfinite)
+        return jax.tree.map(lambda a, b: jnp.where(skip, a, b), skipped, done)
 
     return train_step
 
@@ -193,14 +207,16 @@ def make_train_steps(
             return index + 1, train_step(state, images, data.labels[chosen])
 
         _, state = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), state))
-        steps = state.interval.steps.astype(jnp.float32)
+        steps = jnp.maximum(state.interval.steps, 1).astype(jnp.float32)
         report = Report(
             loss=state.interval.loss / steps,
             accuracy=state.interval.correct.astype(jnp.float32) / (steps * config.batch_size),
-            learning_rate=schedule(state.step - 1),
+            learning_rate=schedule(state.step - 1 - state.skipped),
             stream_peak=state.interval.stream_peak,
             run_peak=state.stream_peak,
             failed_step=state.failed_step,
+            skipped=state.skipped,
+            counted=state.interval.steps,
             agreed=count(votes),
         )
         return state, report

@@ -76,5 +76,7 @@ def summary_table(summary: dict[str, Any]) -> str:
         lines["largest |stream|"] = (
             f"{summary['stream_peak']:.4g}, exact up to {summary['stream_bound']:.4g}"
         )
+    if "skipped_steps" in summary:
+        lines["skipped steps"] = f"{summary['skipped_steps']:,}, which were not finite"
     width = max(map(len, lines))
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in lines.items())

@@ -53,9 +53,8 @@ def test_a_folder_has_its_own_classes_and_sizes(folder):
     flags = [f"--config.data.source={folder}", "--config.data.image_size=96"]
     config = check_config(parse(*flags, "--config.batch_size=12"))
     assert config.data.info == ((96, 96, 3), 3, 12, 5)
-    whole = abstract_model(check_config(parse())).num_parameters
-    width = 4 * 832  # of the last stage of revnet56
-    assert whole - abstract_model(config).num_parameters == 997 * (width + 1)
+    last = 4 * 832 + 1  # parameters for each class; 27,553,128 are in all for 1,000
+    assert abstract_model(config).num_parameters == 27_553_128 - 997 * last
     stream = open_stream_of(config)
     assert stream.info == config.data.info
     with stream.evaluate("test", 5) as batches:

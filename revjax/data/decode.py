@@ -1,8 +1,8 @@
 """From the bytes of an image file to the pixels of a part of it.
 
-Nearly all files are plain JPEGs, which simplejpeg decodes and OpenCV resizes: together nearly four
-times as fast as Pillow (benchmarks/input_pipeline.py). What simplejpeg refuses, Pillow judges:
-other formats and colour spaces, and JPEGs with blemishes that do no harm.
+Nearly all files are plain JPEGs, which simplejpeg decodes and OpenCV resizes, both in less
+time than Pillow takes to decode (benchmarks/input_pipeline.py). What simplejpeg refuses, Pillow
+judges: other formats and colour spaces, and JPEGs with blemishes that do no harm.
 """
 
 import io

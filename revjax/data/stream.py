@@ -28,6 +28,7 @@ from revjax.data.decode import BrokenImageError, decode_part
 from revjax.data.examples import Examples
 from revjax.data.order import batch_indices
 
+_MAX_THREADS = 16
 _MAX_BROKEN_IN_A_ROW = 100
 
 
@@ -69,7 +70,8 @@ class Batches(Iterator[Batch]):
     Args:
         make: from a number to a batch; a function that pickles.
         numbers: of the batches.
-        workers: how many processes make them; 0 for threads in this one, one for each core.
+        workers: how many processes make them; 0 for threads in this one, one for each core up to
+            16. Threads hand over a batch at no cost, but more than these wait for each other.
 
     Raises:
         DataError: by `next`, where the data set is damaged or a worker died.
@@ -78,24 +80,31 @@ class Batches(Iterator[Batch]):
     def __init__(self, make: Callable[[int], Batch], numbers: range, workers: int):
         if not flags.FLAGS.is_parsed():  # grain reads flags, of which few programs know
             flags.FLAGS.mark_as_parsed()
-        threads = 1 if workers else os.cpu_count() or 1
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+        threads = 1 if workers else min(os.cpu_count() or 1, _MAX_THREADS)
+        # Twice as many, so that no thread waits for the one with the batch that is due.
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
         batches = grain.MapDataset.range(numbers.start, numbers.stop).map(make)
         processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
         ahead = batches.to_iter_dataset(options).mp_prefetch(processes, _start_worker)
+        self._shared = workers > 0
         self._batches = iter(ahead) if numbers else iter(())
         self._close = weakref.finalize(self, getattr(self._batches, "close", tuple))
 
     def __next__(self) -> Batch:
         """The next batch."""
         try:
-            return next(self._batches)
+            batch = next(self._batches)
         except RuntimeError as error:  # by grain, of a worker
             raise DataError(
                 f"images can no longer be read ({str(error).rstrip('.')}): a worker needs room for "
                 "its batches in memory and in /dev/shm; give it that, or start again with "
                 "--config.data.workers=0."
             ) from error
+        # Out of the memory shared with a worker, which is to be free again for its next ones.
+        images, labels, counted, broken = batch
+        if self._shared:
+            images, labels, counted = (np.array(array) for array in (images, labels, counted))
+        return Batch(images, labels, counted, broken)
 
     def close(self) -> None:
         """Ends the workers."""
@@ -228,8 +237,8 @@ def _train_batch(
             choose = functools.partial(random_box, words[:WORDS])
             mirror = flip and bool(words[WORDS] >> np.uint64(63))
         first = position * batch_size + row
-        for index in np.take(order, range(first, first + _MAX_BROKEN_IN_A_ROW), mode="wrap"):
-            if _put(batch, place, examples, int(index), choose, broken):
+        for after in range(first, first + _MAX_BROKEN_IN_A_ROW):
+            if _put(batch, place, examples, int(order[after % number]), choose, broken):
                 break
         else:
             raise DataError(

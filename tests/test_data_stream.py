@@ -287,7 +287,13 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "end", ["os.kill(os.getpid(), signal.SIGKILL)", "os._exit(0)", "pass", "del batches"]
+    "end",
+    [
+        "os.kill(os.getpid(), signal.SIGKILL)",
+        "os._exit(0)",
+        "pass",
+        "del batches\n    while multiprocessing.active_children(): pass",
+    ],
 )
 def test_workers_end_with_their_process(folder, tmp_path, end):
     script = tmp_path / "script.py"

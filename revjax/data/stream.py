@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -88,7 +87,7 @@ class Batches(Iterator[Batch]):
         ahead = batches.to_iter_dataset(options).mp_prefetch(processes, _start_worker)
         self._shared = workers > 0
         self._batches = iter(ahead) if numbers else iter(())
-        self._close = weakref.finalize(self, getattr(self._batches, "close", tuple))
+        self._close: Callable[[], object] = getattr(self._batches, "close", tuple)
 
     def __next__(self) -> Batch:
         """The next batch."""

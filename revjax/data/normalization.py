@@ -8,7 +8,6 @@ import numpy as np
 
 from revjax.data.dataset import DataError
 
-NORMALIZATIONS = ("mean_image", "channels", "mean_image_std")
 _IMAGES_A_TIME = 1024
 
 
@@ -16,7 +15,7 @@ class Normalization(NamedTuple):
     """What `normalize` subtracts and divides by, on the images' scale of 0..255.
 
     Attributes:
-        mean: float32 `[H, W, C]`, or `[1, 1, C]`.
+        mean: float32 `[H, W, C]`, `[1, 1, C]`, or `[1, 1, 1]`.
         std: float32 `[1, 1, C]`, or `[1, 1, 1]`.
     """
 
@@ -24,8 +23,24 @@ class Normalization(NamedTuple):
     std: jax.Array | np.ndarray
 
 
+def _numbers(*values: float) -> np.ndarray:
+    return np.array(values, np.float32).reshape(1, 1, -1)
+
+
+# Ways that ask no training set. The first is that of Gomez et al. 2017 for ImageNet, in their code.
+# The second has the mean and standard deviation of ImageNet's channels that torchvision's models
+# are trained by.
+FIXED_NORMALIZATIONS = {
+    "minus_one_to_one": Normalization(_numbers(127.5), _numbers(127.5)),
+    "imagenet": Normalization(
+        255 * _numbers(0.485, 0.456, 0.406), 255 * _numbers(0.229, 0.224, 0.225)
+    ),
+}
+NORMALIZATIONS = ("mean_image", "channels", "mean_image_std", *FIXED_NORMALIZATIONS)
+
+
 def find_normalization(way: str, images: np.ndarray) -> Normalization:
-    """The statistics of a training set that one of three papers normalises by.
+    """The statistics of a training set that one of three papers normalises by, or fixed numbers.
 
     - "mean_image": minus the mean image, and divided by nothing (Gomez et al. 2017, whose code
       averages over the test images too, which leaks them).
@@ -34,10 +49,12 @@ def find_normalization(way: str, images: np.ndarray) -> Normalization:
     - "mean_image_std": minus the mean image, divided by one number, the standard deviation of all
       pixels before that (Huang et al. 2016, arXiv:1603.09382, by their code).
 
+    - One of `FIXED_NORMALIZATIONS`: whatever the images.
+
     A standard deviation is that of the pixels given, `sqrt(E[x^2] - E[x]^2)`.
 
     Args:
-        way: one of the three.
+        way: one of `NORMALIZATIONS`.
         images: uint8 `[N, H, W, C]`, those that are trained on alone.
 
     Raises:
@@ -50,6 +67,8 @@ def find_normalization(way: str, images: np.ndarray) -> Normalization:
     """
     if way not in NORMALIZATIONS:
         raise ValueError(f"{way!r} is no normalization: choose one of {', '.join(NORMALIZATIONS)}.")
+    if way in FIXED_NORMALIZATIONS:
+        return FIXED_NORMALIZATIONS[way]
     mean = images.mean(axis=0, dtype=np.float64)
     if way == "mean_image":
         return Normalization(mean.astype(np.float32), np.ones((1, 1, 1), np.float32))
@@ -69,7 +88,7 @@ def normalize(images: jax.Array, by: Normalization) -> jax.Array:
     """What the network sees in evaluation: `(images - mean) / std`.
 
     Args:
-        images: uint8 `[B, H, W, C]`.
+        images: `[B, H, W, C]`, uint8 or on that scale.
         by: of the training set, from `find_normalization`.
 
     Returns:

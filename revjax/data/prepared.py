@@ -54,7 +54,7 @@ def find_prepared(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     if not re.fullmatch(r"\w+(/[\w.-]+)?", name):
         raise unknown
     try:
-        with _damage_is_data_error(directory / name):
+        with damage_is_data_error(directory / name):
             return read_only_builder.builder_from_files(name, data_dir=os.fspath(directory))
     except tfds.core.DatasetNotFoundError as error:
         if name.partition("/")[0] not in tfds.list_builders(with_community_datasets=False):
@@ -73,8 +73,23 @@ def open_prepared(directory: pathlib.Path) -> tfds.core.DatasetBuilder:
     Raises:
         DataError: where the folder's metadata are missing or damaged.
     """
-    with _damage_is_data_error(directory):
+    with damage_is_data_error(directory):
         return tfds.builder_from_directory(directory)
+
+
+def check_array_record(builder: tfds.core.DatasetBuilder) -> None:
+    """Refuses what is prepared in a file format that needs TensorFlow.
+
+    Raises:
+        DataError: where that is so.
+    """
+    formats = {file_format.value for file_format in builder.info.available_file_formats()}
+    if "array_record" not in formats:
+        raise DataError(
+            f"{builder.name} is prepared in {builder.data_path} as {', '.join(sorted(formats))}, "
+            "where array_record is due, which can be read without TensorFlow: choose another "
+            "folder with --config.data.dir=DIR, or delete this one."
+        )
 
 
 def prepared_info(builder: tfds.core.DatasetBuilder) -> DatasetInfo:
@@ -84,20 +99,14 @@ def prepared_info(builder: tfds.core.DatasetBuilder) -> DatasetInfo:
         DataError: where it is not in array_record, has no train and test split, or is not uint8
             images of one shape, each with a class.
     """
+    check_array_record(builder)
     name, place, splits = builder.name, builder.data_path, builder.info.splits
-    formats = {file_format.value for file_format in builder.info.available_file_formats()}
-    if "array_record" not in formats:
-        raise DataError(
-            f"{name} is prepared in {place} as {', '.join(sorted(formats))}, where array_record is "
-            "due, which can be read without TensorFlow: choose another folder with "
-            "--config.data.dir=DIR, or delete this one."
-        )
     if not {"train", "test"} <= set(splits):
         raise DataError(
             f"{name} in {place} has the splits {', '.join(splits)}, where train and test are due: "
             "choose another set."
         )
-    (_, image), (_, label) = _supervised(builder)
+    (_, image), (_, label) = supervised(builder)
     if image.np_dtype != np.uint8 or None in image.shape:
         raise DataError(
             f"{name} in {place} has {np.dtype(image.np_dtype)} images of shape {image.shape}, "
@@ -119,14 +128,15 @@ def read_prepared(name: str, builder: tfds.core.DatasetBuilder, *, train: str = 
         DataError: as `prepared_info`, and where records are missing or damaged.
     """
     info = prepared_info(builder)
-    with _damage_is_data_error(builder.data_path):
+    with damage_is_data_error(builder.data_path):
         train_images, train_labels = _read_split(builder, train, info)
         test_images, test_labels = _read_split(builder, "test", info)
     return Dataset(name, train_images, train_labels, test_images, test_labels, info.num_classes)
 
 
 @contextlib.contextmanager
-def _damage_is_data_error(directory: os.PathLike) -> Iterator[None]:
+def damage_is_data_error(directory: os.PathLike | str) -> Iterator[None]:
+    """Turns what tensorflow-datasets raises on damaged files into a `DataError`."""
     try:
         yield
     except tfds.core.DatasetNotFoundError:
@@ -139,7 +149,12 @@ def _damage_is_data_error(directory: os.PathLike) -> Iterator[None]:
         ) from error
 
 
-def _supervised(builder: Any) -> list[tuple[str, Any]]:
+def supervised(builder: Any) -> list[tuple[str, Any]]:
+    """The names and features of a set's image and of its class.
+
+    Raises:
+        DataError: where it is supervised by anything else.
+    """
     keys = builder.info.supervised_keys or ()
     pair = [(key, builder.info.features[key]) for key in keys if isinstance(key, str)]
     if [type(feature) for _, feature in pair] != [tfds.features.Image, tfds.features.ClassLabel]:
@@ -151,7 +166,7 @@ def _supervised(builder: Any) -> list[tuple[str, Any]]:
 
 
 def _read_split(builder: Any, split: str, info: DatasetInfo) -> tuple[np.ndarray, np.ndarray]:
-    (image_key, image), (label_key, _) = _supervised(builder)
+    (image_key, image), (label_key, _) = supervised(builder)
     # In blocks, and decoded here where that is quick: three times as fast as one after another.
     records = builder.as_data_source(split, decoders={image_key: tfds.decode.SkipDecoding()})
     images = np.empty((len(records), *info.image_shape), np.uint8)

@@ -18,7 +18,15 @@ from ml_collections import ConfigDict
 
 from revjax.architecture import FLOAT32_MAX
 from revjax.conventions import CONVENTIONS
-from revjax.data import HOLD_OUT_SIZES, NORMALIZATIONS, DataError, dataset_info
+from revjax.data import (
+    FIXED_NORMALIZATIONS,
+    HOLD_OUT_SIZES,
+    NORMALIZATIONS,
+    DataError,
+    DatasetInfo,
+    dataset_info,
+    is_streamed,
+)
 from revjax.models import FAMILIES, family_of, list_models
 from revjax.residual import PLACEMENTS
 from revjax.shortcut import Shortcut
@@ -36,12 +44,22 @@ class DataConfig:
     """Where the examples come from, which are held out, and what is done to the images."""
 
     name: str
-    padding: int  # pixels a side, before the random crop to the original size
     flip: bool  # mirror half of the images
+    padding: int = 0  # pixels a side, before the random crop to the original size; not for streams
     dir: str | None = None  # of the prepared data set; None: the data layer's default
-    source: str | None = None  # official files already on disk; None: download
-    normalize: str = "mean_image"  # or "channels", "mean_image_std"; see revjax.data
+    source: str | None = None  # official files already on disk, or a folder of images
+    normalize: str = "mean_image"  # or another of revjax.data.NORMALIZATIONS
     validation: int = 0  # training examples held out, which every evaluation evaluates beside test
+    image_size: int = 224  # of streams only, as the next two: the side of a crop, resized
+    color: bool = False  # distort brightness, saturation, hue and contrast
+    workers: int = 0  # processes that decode images; 0: threads
+
+    @property
+    def info(self) -> DatasetInfo:
+        """The sizes of the data set; a DataError where it is not to be had."""
+        return dataset_info(
+            self.name, data_dir=self.dir, source=self.source, image_size=self.image_size
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,11 +158,23 @@ def check_config(values: ConfigDict) -> Config:
 
     # Names, and the keys that only some of them read.
     try:
-        info = dataset_info(data.name, data_dir=data.dir)
+        info = data.info
     except DataError as error:
         raise ConfigError(f"config.data.name is {data.name!r}: {error}") from error
-    ways = ", ".join(NORMALIZATIONS)
-    require(data.normalize in NORMALIZATIONS, "data.normalize", f"one of {ways}")
+    streamed = is_streamed(data.name, data.source)
+    if streamed:
+        why = "images of a stream are cropped at random out of what they are"
+        _refuse(values.data, "data", ("padding",), why)
+    else:
+        why = f"{data.name} is not streamed"
+        _refuse(values.data, "data", ("image_size", "color", "workers"), why)
+        if "padding" not in values.data:
+            raise ConfigError("config.data.padding is missing from the config.")
+    normalizations = FIXED_NORMALIZATIONS if streamed else NORMALIZATIONS
+    ways = ", ".join(normalizations)
+    require(data.normalize in normalizations, "data.normalize", f"one of {ways}")
+    require(0 < data.image_size <= 4096, "data.image_size", "a number from 1 to 4096")
+    require(0 <= data.workers <= 1024, "data.workers", "a number from 0 to 1024")
     if data.name == "digits":
         _refuse(values.data, "data", ("dir", "source"), "digits comes with scikit-learn")
     names = (*FAMILIES, *list_models())

@@ -9,7 +9,6 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from revjax.data import dataset_info
 from revjax.models import create_model, family_of
 from revjax.stage import StreamPeak
 from revjax.training.config import DTYPES, Config
@@ -58,7 +57,7 @@ class Abstract(NamedTuple):
 def build_model(config: Config) -> nnx.Module:
     """Return the config's network, its parameters drawn from the config's seed."""
     model = config.model
-    info = dataset_info(config.data.name, data_dir=config.data.dir)
+    info = config.data.info
     options: dict[str, Any] = {}
     if family_of(model.name) != "resnet":
         options["grid_bits"] = model.grid_bits
@@ -94,7 +93,7 @@ def abstract_model(config: Config) -> Abstract:
     Raises:
         ConfigError: for what the model or its units refuse, in their words.
     """
-    image_shape = dataset_info(config.data.name, data_dir=config.data.dir).image_shape
+    image_shape = config.data.info.image_shape
     images = jax.ShapeDtypeStruct((config.batch_size, *image_shape), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     try:

@@ -1,0 +1,169 @@
+"""Images a second of the input pipeline beside what the cores can decode.
+
+Command:   python benchmarks/input_pipeline.py DIR [--workers N] [--batch B] [--turns T]
+                                                   [--images I] [--json FILE]
+Hardware:  any; nothing else should run on it
+Figures:   benchmarks/results/input_pipeline.json (`--json FILE` writes elsewhere)
+
+DIR is a folder of images as --config.data.source takes it. In turns:
+
+- decoding alone: as many processes as there are workers each read files and decode them whole, to
+  RGB arrays that are thrown away, by Pillow, and by the decoder of the pipeline, simplejpeg;
+- the pipeline: batches of training, read, decoded, cropped at random, resized to 224x224, mirrored
+  and handed over, by workers, and by threads of one process, one for each core.
+
+A share is the median over the turns of the pipeline's speed against the decoding of the same turn,
+with the quartiles. Starting processes is not counted, nor are the first batches.
+
+That is done for the files as they are, and for the same pictures at 500x375, which is about what
+ImageNet's have on average: samples of it have often been made small, and then the resizing to
+224x224, which costs the same for all, is a large part of so little decoding. Those are made by
+Pillow's bicubic filter at quality 95, in a folder that is removed.
+"""
+
+import argparse
+import concurrent.futures
+import importlib.metadata
+import io
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import simplejpeg
+from record import RESULTS, environment
+
+from revjax.data import open_stream
+from revjax.data.examples import Examples
+from revjax.data.stream import ImageStream
+
+PACKAGES = ("grain", "opencv-python-headless", "pillow", "simplejpeg")
+CHUNK = 50  # images that a process decodes at a time
+
+
+def by_pillow(blob: bytes) -> np.ndarray:
+    with PIL.Image.open(io.BytesIO(blob)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+DECODERS = {"Pillow": by_pillow, "simplejpeg": simplejpeg.decode_jpeg}
+
+
+def decode(decoder: str, examples: Examples, chunk: range) -> None:
+    for index in chunk:
+        DECODERS[decoder](examples.read(index).blob)
+
+
+def decoding_speed(
+    pool: concurrent.futures.Executor, decoder: str, examples: Examples, number: int
+) -> float:
+    """Images a second that the pool's processes decode, of `number`."""
+    chunks = [range(start, start + CHUNK) for start in range(0, len(examples) - CHUNK + 1, CHUNK)]
+    todo = [chunks[turn % len(chunks)] for turn in range(-(-number // CHUNK))]
+    began = time.perf_counter()
+    list(pool.map(decode, [decoder] * len(todo), [examples] * len(todo), todo))
+    return len(todo) * CHUNK / (time.perf_counter() - began)
+
+
+def pipeline_speed(stream: ImageStream, batch_size: int, number: int) -> float:
+    """Images a second of training batches, the first few not counted."""
+    first, last = 4 + 4 * stream.workers, -(-number // batch_size)
+    with stream.train(0, first + last, batch_size, seed=0) as batches:
+        for _ in range(first):
+            next(batches)
+        began = time.perf_counter()
+        for _ in range(last):  # and not to the end: workers take a second to say that it is one
+            assert not next(batches).broken
+        return last * batch_size / (time.perf_counter() - began)
+
+
+def measure(source: str, workers: int, batch_size: int, turns: int, number: int) -> dict[str, Any]:
+    streams = {
+        f"pipeline, {workers} workers": open_stream("x", source=source, workers=workers),
+        "pipeline, threads": open_stream("x", source=source),
+    }
+    examples = next(iter(streams.values())).splits["train"]
+    speeds: dict[str, list[float]] = {f"decoding alone, {name}": [] for name in DECODERS}
+    speeds |= {name: [] for name in streams}
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, spawn) as pool:
+        for turn in range(-1, turns):  # the first reads the files into memory
+            found = [decoding_speed(pool, name, examples, number) for name in DECODERS]
+            found += [pipeline_speed(stream, batch_size, number) for stream in streams.values()]
+            if turn >= 0:
+                for kind, speed in zip(speeds, found, strict=True):
+                    speeds[kind].append(speed)
+    blobs = [examples.read(index).blob for index in range(0, len(examples), 10)]
+    sizes = [by_pillow(blob).shape[:2] for blob in blobs]
+    shares = {
+        f"{name} / {alone}": quartiles(np.divide(speeds[name], speeds[alone]))
+        for name in streams
+        for alone in speeds
+        if alone not in streams
+    }
+    return {
+        "mean_height_and_width": np.mean(sizes, 0).round(1).tolist(),
+        "mean_bytes": round(float(np.mean([len(blob) for blob in blobs]))),
+        "images_per_second": {kind: quartiles(values) for kind, values in speeds.items()},
+        "shares": shares,
+    }
+
+
+def enlarge(source: str, folder: str) -> None:
+    """Writes the images of a folder again, at 500x375."""
+    for path in Path(source).expanduser().glob("*/*/*.JPEG"):
+        there = Path(folder, *path.parts[-3:])
+        there.parent.mkdir(parents=True, exist_ok=True)
+        with PIL.Image.open(path) as image:
+            large = image.convert("RGB").resize((500, 375), PIL.Image.Resampling.BICUBIC)
+        large.save(there, "JPEG", quality=95)
+
+
+def quartiles(values: np.ndarray | list[float]) -> list[float]:
+    """First quartile, median and third quartile."""
+    return np.percentile(values, [25, 50, 75]).round(4).tolist()
+
+
+def print_table(name: str, row: dict[str, Any]) -> None:
+    height, width = row["mean_height_and_width"]
+    print(f"\n{name}: {width:.0f}x{height:.0f} pixels and {row['mean_bytes']:,} bytes on average\n")
+    print("| | images/s (quartiles) |\n|---|---|")
+    for kind, (low, median, high) in row["images_per_second"].items():
+        print(f"| {kind} | {median:,.0f} ({low:,.0f} to {high:,.0f}) |")
+    print("\n| share | |\n|---|---|")
+    for kind, (low, median, high) in row["shares"].items():
+        print(f"| {kind} | {median:.0%} ({low:.0%} to {high:.0%}) |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The input pipeline beside decoding alone.")
+    parser.add_argument("source", help="a folder of images: DIR/train/CLASS/*.JPEG, DIR/val/...")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="default: a core each")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--images", type=int, default=2_000, help="that each has a turn")
+    parser.add_argument("--json", type=Path, default=RESULTS / "input_pipeline.json")
+    arguments = parser.parse_args()
+    if min(arguments.workers, arguments.batch, arguments.turns, arguments.images) < 1:
+        parser.error("--workers, --batch, --turns and --images must be 1 or more.")
+    options = arguments.workers, arguments.batch, arguments.turns, arguments.images
+    rows = {"as they are": measure(arguments.source, *options)}
+    print_table("as they are", rows["as they are"])
+    with tempfile.TemporaryDirectory() as folder:
+        enlarge(arguments.source, folder)
+        rows["at 500x375"] = measure(folder, *options)
+    print_table("at 500x375", rows["at 500x375"])
+    record = environment()
+    record["versions"] |= {name: importlib.metadata.version(name) for name in PACKAGES}
+    record |= {"workers": arguments.workers, "batch_size": arguments.batch}
+    record |= {"turns": arguments.turns, "images_a_turn": arguments.images, "rows": rows}
+    arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Configs of data that are streamed, and what the network sees of their batches."""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_data_stream import shades, write
+
+from revjax.data import distort_color
+from revjax.training.command_line import Arguments, parse_arguments
+from revjax.training.config import Config, check_config
+from revjax.training.errors import ConfigError
+from revjax.training.state import abstract_model
+from revjax.training.streamed import open_stream_of, seen_in_evaluation, seen_in_training
+
+ROOT = Path(__file__).parent.parent
+MODELS = ("resnet50", "resnet101", "revnet56", "revnet104")
+
+
+def parse(*flags, file="imagenet_revnet56"):
+    arguments = parse_arguments(["train.py", f"--config={ROOT}/configs/{file}.py", *flags])
+    assert isinstance(arguments, Arguments)
+    return arguments.config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("photographs")
+    write(root, shades(12))
+    write(root, shades(5), "val")
+    return root
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_recipe_is_the_authors(name):
+    """By their code, resnet/configs/imagenet_configs.py."""
+    config = check_config(parse(file=f"imagenet_{name}"))
+    assert (config.data.name, config.model.name) == ("imagenet2012", name)
+    assert (config.batch_size, config.steps) == (256, 600_000)
+    optim = config.optim
+    assert (optim.learning_rate, optim.boundaries) == (0.1, (160_000, 320_000, 480_000))
+    assert (optim.decay_factor, optim.momentum, optim.weight_decay) == (0.1, 0.9, 1e-4)
+    assert (optim.decay, optim.name, optim.nesterov) == ("kernels", "sgd", False)
+    assert (config.data.image_size, config.data.flip, config.data.color) == (224, True, True)
+    edges = seen_in_evaluation(config, jnp.array([0, 255], jnp.uint8).reshape(1, 1, 2, 1))
+    assert edges.ravel().tolist() == [-1, 1]
+
+
+def test_a_folder_has_its_own_classes_and_sizes(folder):
+    flags = [f"--config.data.source={folder}", "--config.data.image_size=96"]
+    config = check_config(parse(*flags, "--config.batch_size=12"))
+    assert config.data.info == ((96, 96, 3), 3, 12, 5)
+    last = 4 * 832 + 1  # parameters for each class; 27,553,128 are in all for 1,000
+    assert abstract_model(config).num_parameters == 27_553_128 - 997 * last
+    stream = open_stream_of(config)
+    assert stream.info == config.data.info
+    with stream.evaluate("test", 5) as batches:
+        assert next(batches).images.shape == (5, 96, 96, 3)
+
+
+def test_training_examples_are_held_out_of_a_folder(folder):
+    flags = [f"--config.data.source={folder}", "--config.batch_size=8"]
+    values = parse(*flags).unlock()
+    values.data.validation = 4
+    assert len(open_stream_of(check_config(values)).splits["validation"]) == 4
+    values.data.validation = 5
+    with pytest.raises(ConfigError, match=r"batch_size is 8; at most 7"):
+        check_config(values)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("data.normalize = 'channels'", "normalize is 'channels'; one of minus_one_to_one, imagen"),
+        ("data.workers = -1", r"workers is -1; a number from 0"),
+        ("data.image_size = 0", r"image_size is 0; a number from 1"),
+        ("data.padding = 4", r"padding is a key that nothing reads: images of a stream"),
+        ("data.source = '/nowhere'", r"/nowhere has no folder train, where DIR/train/CLASS"),
+    ],
+)
+def test_refuses_of_a_stream(line, sentence):
+    values = parse().unlock()
+    exec(f"values.{line}")
+    with pytest.raises(ConfigError, match=sentence):
+        check_config(values)
+
+
+@pytest.mark.parametrize("key", ["image_size", "color", "workers"])
+def test_what_only_streams_read_is_refused_elsewhere(key):
+    values = parse(file="digits_revnet").unlock()
+    values.data[key] = {"image_size": 8, "color": False, "workers": 0}[key]
+    with pytest.raises(ConfigError, match=rf"{key} is a key that nothing reads: digits is not str"):
+        check_config(values)
+
+
+def test_padding_is_still_due_where_images_are_in_memory():
+    values = parse(file="digits_revnet").unlock()
+    del values.data.padding
+    with pytest.raises(ConfigError, match=r"config\.data\.padding is missing"):
+        check_config(values)
+
+
+@pytest.mark.parametrize("color", [True, False])
+@pytest.mark.parametrize("normalize", ["minus_one_to_one", "imagenet"])
+def test_colours_are_distorted_and_then_normalised(color, normalize):
+    values = parse()
+    values.data.color, values.data.normalize = color, normalize
+    config: Config = check_config(values)
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3), np.uint8)
+    key = jax.random.key(0)
+    seen = jax.jit(distort_color)(key, images) if color else images.astype(np.float32)
+    mean, std = {
+        "minus_one_to_one": (0.5, 0.5),
+        # pytorch/vision, references/classification
+        "imagenet": (np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])),
+    }[normalize]
+    due = (np.asarray(seen) / 255 - mean) / std
+    found = jax.jit(partial(seen_in_training, config))(key, images)
+    np.testing.assert_allclose(found, due, atol=2e-5)

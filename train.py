@@ -7,7 +7,7 @@ The order of decisions, numbered as in main():
 
  1. What is asked for: the config, checked before anything is computed, downloaded or written.
  2. Whose folder it is: one run a workdir, of one config; a finished run says so and ends here.
- 3. The data, whole, on the device, some of the training examples held out for validation.
+ 3. The data, whole, on the devices, or a stream of them.
  4. Where the run stands: at its start, or at its newest whole checkpoint.
  5. The programs, compiled: one for training steps, one for evaluation.
  6. The loop. At a step where something is due, in this order: log, evaluate, save; then stop if the
@@ -35,7 +35,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from revjax.data import DataError, Dataset, batch_indices, load_dataset
+from revjax.data import DataError
 from revjax.grid import stream_bound
 from revjax.training.checkpoints import Checkpoints, Restored
 from revjax.training.command_line import parse_arguments
@@ -43,11 +43,12 @@ from revjax.training.config import Config, check_config
 from revjax.training.curves import draw_curves
 from revjax.training.errors import ConfigError, TrainingError
 from revjax.training.evaluation import Evaluator
+from revjax.training.feed import open_feed
 from revjax.training.interrupt import Stopped, StopSignals, exit_now
 from revjax.training.mesh import get, make_mesh, put
 from revjax.training.metrics import MetricsLog
 from revjax.training.optimizer import learning_rate_schedule, make_optimizer
-from revjax.training.pace import MAX_DISPATCH_STEPS, Pace
+from revjax.training.pace import Pace
 from revjax.training.processes import (
     Companions,
     arrays_from_first,
@@ -57,7 +58,7 @@ from revjax.training.processes import (
 )
 from revjax.training.progress import Progress
 from revjax.training.state import Abstract, abstract_model, draw, initial_state, state_shardings
-from revjax.training.step import Report, make_train_steps, put_on_device
+from revjax.training.step import Report, make_train_steps
 from revjax.training.summary import best_validation, device_name, summary_table, versions
 from revjax.training.votes import Votes, cast
 from revjax.training.workdir import FREE_KEYS, check_same_config, lock_workdir, write_json
@@ -101,9 +102,7 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
         # -- 3. The data --------------------------------------------------------------------------
 
         with stop.raising():  # half-prepared data are removed on the way out
-            data = put_on_device(config.data, load(config), mesh)
-        num_examples = len(data["train"].labels)
-        evaluated = [name for name in data if name != "train"]
+            feed = resources.enter_context(contextlib.closing(open_feed(config, mesh, complain)))
 
         # -- 4. Where the run stands --------------------------------------------------------------
 
@@ -122,14 +121,13 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
 
         # -- 5. The programs, compiled ------------------------------------------------------------
 
-        indices = np.zeros((MAX_DISPATCH_STEPS, config.batch_size), np.int32)
         schedule = learning_rate_schedule(config.optim)
         train_steps = make_train_steps(config, model, optimizer, schedule, mesh)
-        evaluate = Evaluator(config, model, data, mesh)
+        evaluate = Evaluator(config, model, feed, mesh)
         tell(f"compiling {config.model.name} for {device_name(mesh)}.")
         no_votes = cast(mesh, False)
         train_steps, _ = stop.wait_for(
-            train_steps.lower(state, data["train"], indices, np.int32(0), no_votes).compile,
+            train_steps.lower(state, *feed.training(step, 0), np.int32(0), no_votes).compile,
             partial(evaluate.compile, state),
         )
 
@@ -181,7 +179,7 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
 
         def untested() -> list[str]:
             """The splits without a row of this step; a run that ended amid them has some."""
-            return [name for name in evaluated if not metrics.has(name, step)]
+            return [name for name in feed.evaluated if not metrics.has(name, step)]
 
         while True:
             alone = jax.process_count() == 1  # and need not ask
@@ -215,14 +213,10 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
                 pace.restart()
             intervals = (config.log_every, config.eval_every, config.checkpoint_every)
             due_next = min(step + every - step % every for every in intervals)
-            num_steps = min(due_next - step, config.steps - step, int(agreed.pace))
-            indices = np.zeros_like(indices)  # a fresh one: the device may still read the last
-            for index in range(num_steps):
-                indices[index] = batch_indices(
-                    config.seed, step + index, config.batch_size, num_examples
-                )
-            vote = cast(mesh, stop.requested is not None, pace.steps)
-            state, report = train_steps(state, data["train"], indices, np.int32(num_steps), vote)
+            num_steps = min(due_next - step, config.steps - step, int(agreed.pace), feed.longest)
+            batches = feed.training(step, num_steps)
+            votes = cast(mesh, stop.requested is not None, pace.steps)
+            state, report = train_steps(state, *batches, np.int32(num_steps), votes)
             step += num_steps
             if pending:  # the previous dispatch: the host never waits for the newest
                 account(pending)
@@ -257,6 +251,8 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
         }
         if config.skip_nonfinite:
             summary["skipped_steps"] = int(state.skipped)
+        if feed.broken:
+            summary["broken_images"] = len(feed.broken)  # met by process 0 since this start
         if config.data.validation:
             summary["best_validation"] = best_validation(metrics.rows)
         title = f"{config.model.name} on {config.data.name}"
@@ -286,11 +282,6 @@ def not_finite(what: str, step: int, saved: int) -> str:
         "config.optim.learning_rate, or float32 where config.model.dtype is bfloat16, in another "
         "--workdir."
     )
-
-
-def load(config: Config) -> Dataset:
-    """Return the config's data set, from where it says."""
-    return load_dataset(config.data.name, data_dir=config.data.dir, source=config.data.source)
 
 
 def restore_newest(checkpoints: Checkpoints | None, config: Config, mesh: Mesh) -> Restored | None:
@@ -329,12 +320,11 @@ def evaluate_only(
     if restored is None:
         raise TrainingError(f"{workdir} has no checkpoint to evaluate; train there first.")
     with stop.raising():
-        data = put_on_device(config.data, load(config), mesh)
-    evaluate = Evaluator(config, model, data, mesh)
+        feed = open_feed(config, mesh, complain)
+    evaluate = Evaluator(config, model, feed, mesh)
     stop.wait_for(partial(evaluate.compile, restored.state))
-    names = [name for name in data if name != "train"]
-    rows = list(evaluate(restored.state, names, stop))
-    if len(rows) < len(names):
+    rows = list(evaluate(restored.state, feed.evaluated, stop))
+    if len(rows) < len(feed.evaluated):
         raise Stopped(stop.requested)
     for row in rows if is_first() else ():
         shown = f"{row['split']} loss {row['loss']:.4f}, accuracy {row['accuracy']:.2%}"

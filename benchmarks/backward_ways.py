@@ -34,6 +34,7 @@ from revjax.data import load_dataset, normalize
 from revjax.training.checkpoints import Checkpoints
 from revjax.training.command_line import parse_arguments
 from revjax.training.config import Config, check_config
+from revjax.training.mesh import make_mesh
 from revjax.training.optimizer import make_optimizer
 from revjax.training.state import TrainState, build_model, initial_state
 from revjax.training.step import put_on_device
@@ -86,7 +87,7 @@ def main() -> None:
     arguments, flags = parser.parse_known_args()
     config, state = load_run(flags)
     dataset = load_dataset(config.data.name, data_dir=config.data.dir)
-    data = put_on_device(config.data, dataset)["train"]
+    data = put_on_device(config.data, dataset, make_mesh(config))["train"]
     images = normalize(data.images[: arguments.batch], data.normalization)
     labels = data.labels[: arguments.batch]
 

@@ -31,6 +31,7 @@ from revjax.data import load_dataset, normalize
 from revjax.training.checkpoints import Checkpoints
 from revjax.training.command_line import parse_arguments
 from revjax.training.config import check_config
+from revjax.training.mesh import make_mesh
 from revjax.training.metrics import read_rows
 from revjax.training.optimizer import make_optimizer
 from revjax.training.state import initial_state
@@ -93,7 +94,8 @@ def errors_of_run(flags: list[str], workdir: Path) -> list[dict[str, Any]]:
     command = [sys.executable, "train.py", *flags, *keep, "--workdir", str(workdir.absolute())]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     config = check_config(arguments.config)
-    data = put_on_device(config.data, load_dataset(config.data.name, data_dir=config.data.dir))
+    dataset = load_dataset(config.data.name, data_dir=config.data.dir)
+    data = put_on_device(config.data, dataset, make_mesh(config))
     images = normalize(data["train"].images[:BATCH], data["train"].normalization)
     labels = data["train"].labels[:BATCH]
     compute = {

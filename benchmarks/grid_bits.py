@@ -40,14 +40,17 @@ from gradients import flatten, relative_error, shown_error
 from record import RESULTS, ROOT, environment
 
 import revjax
-from revjax.data import Dataset, batch_indices, load_dataset, normalize
+from revjax.data import Dataset, load_dataset, normalize
 from revjax.training.command_line import parse_arguments
 from revjax.training.config import Config, check_config
 from revjax.training.evaluation import Evaluator
+from revjax.training.feed import MemoryFeed
 from revjax.training.interrupt import StopSignals
+from revjax.training.mesh import make_mesh
 from revjax.training.optimizer import learning_rate_schedule, make_optimizer
 from revjax.training.state import TrainState, abstract_model, build_model, draw, initial_state
 from revjax.training.step import Split, make_train_steps, put_on_device
+from revjax.training.votes import cast
 
 sys.path.insert(0, str(ROOT))  # for what the files of configs/ share
 Row = dict[str, Any]
@@ -71,7 +74,8 @@ def with_model(config: Config, **changes: Any) -> Config:
 
 @cache
 def initial_of(config: Config) -> TrainState:
-    return draw(partial(initial_state, config, make_optimizer(config.optim)))
+    initial = partial(initial_state, config, make_optimizer(config.optim))
+    return draw(initial, make_mesh(config))
 
 
 def initial(config: Config, seed: int) -> TrainState:
@@ -87,20 +91,19 @@ def train(config: Config, dataset: Dataset, seeds: int) -> tuple[list[Row], Trai
     config's seed, so that all runs share one program.
     """
     model, optimizer = abstract_model(config), make_optimizer(config.optim)
-    data = put_on_device(config.data, dataset)
-    train_steps = make_train_steps(config, model, optimizer, learning_rate_schedule(config.optim))
-    evaluate = Evaluator(config, model, data)
+    mesh, schedule = make_mesh(config), learning_rate_schedule(config.optim)
+    data = put_on_device(config.data, dataset, mesh)
+    train_steps = make_train_steps(config, model, optimizer, schedule, mesh)
+    evaluate = Evaluator(config, model, MemoryFeed(config, data, mesh), mesh)
     rows = []
     for seed in range(seeds):
         state = jax.tree.map(jnp.copy, initial(config, seed))  # the steps donate it
+        feed = MemoryFeed(dataclasses.replace(config, seed=seed), data, mesh)
         for start in range(0, config.steps, DISPATCH):
             steps = range(start, min(start + DISPATCH, config.steps))
-            indices = np.zeros((DISPATCH, config.batch_size), np.int32)
-            for row, step in enumerate(steps):
-                indices[row] = batch_indices(
-                    seed, step, config.batch_size, len(data["train"].labels)
-                )
-            state, report = train_steps(state, data["train"], indices, np.int32(len(steps)))
+            batches = feed.training(start, len(steps))
+            number, votes = np.int32(len(steps)), cast(mesh, stop=False)
+            state, report = train_steps(state, *batches, number, votes)
             if report.failed_step:
                 sys.exit(f"The loss or its gradient is not finite at step {report.failed_step}.")
         (test,) = evaluate(state, ["test"], StopSignals())
@@ -145,7 +148,7 @@ def trained(config: Config, dataset: Dataset, bits: list[int | None], seeds: int
     for k in bits:
         at_k = with_model(config, grid_bits=k)
         runs, state = train(at_k, dataset, seeds)
-        data = put_on_device(config.data, dataset)["train"]
+        data = put_on_device(config.data, dataset, make_mesh(config))["train"]
 
         def gradient_of(dtype: str, backward: str, k: int | None = k, at=(data, state)):
             return gradient(with_model(config, dtype=dtype, backward=backward, grid_bits=k), *at)

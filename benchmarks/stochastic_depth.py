@@ -33,6 +33,7 @@ from revjax import RevNet
 from revjax.stochastic_depth import expected_depth, survival_probabilities
 from revjax.training.command_line import parse_arguments
 from revjax.training.config import Config, check_config
+from revjax.training.mesh import make_mesh
 from revjax.training.optimizer import make_optimizer
 from revjax.training.state import abstract_model, build_model, draw, initial_state
 from revjax.training.step import MODEL_STREAM, make_train_step, stream_key
@@ -69,10 +70,11 @@ class Step:
     def __init__(self, config: Config):
         self.config, shape = config, (config.batch_size, 32, 32, 3)
         optimizer = make_optimizer(config.optim)
-        self.state = draw(partial(initial_state, config, optimizer))
+        mesh = make_mesh(config)
+        self.state = draw(partial(initial_state, config, optimizer), mesh)
         self.images = jax.random.normal(jax.random.key(0), shape)
         self.labels = jax.random.randint(jax.random.key(1), shape[:1], 0, 10)
-        step = jax.jit(make_train_step(config, abstract_model(config), optimizer))
+        step = jax.jit(make_train_step(config, abstract_model(config), optimizer, mesh))
         began = time.perf_counter()
         self.compiled = step.lower(self.state, self.images, self.labels).compile()
         self.compile_seconds = time.perf_counter() - began

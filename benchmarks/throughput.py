@@ -34,17 +34,19 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from record import ROOT, environment
 
-from revjax.data import DataError, batch_indices, normalize
+from revjax.data import DataError, normalize
 from revjax.training.checkpoints import Checkpoints
 from revjax.training.command_line import parse_arguments
 from revjax.training.config import Config, check_config
 from revjax.training.errors import ConfigError, TrainingError
+from revjax.training.feed import Feed
 from revjax.training.interrupt import StopSignals
 from revjax.training.optimizer import make_optimizer
 from revjax.training.state import Abstract, TrainState
-from revjax.training.step import Split, make_train_step
+from revjax.training.step import make_train_step
 
 sys.path.insert(0, str(ROOT))  # for train.py, and what the files of configs/ share
 import train
@@ -73,12 +75,10 @@ def take_turns(segment: int, clock: Clock, apart: bool) -> None:
     class BareSteps:
         """In the place of `Evaluator`: called every `segment` steps, the device being idle."""
 
-        def __init__(self, config: Config, model: Abstract, data: dict[str, Split]):
-            self.step = make_train_step(config, model, make_optimizer(config.optim))
-            split = data["train"]
-            batch = batch_indices(config.seed, 0, config.batch_size, len(split.labels))
-            images = normalize(split.images[batch], split.normalization)
-            self.batch = images, split.labels[batch]
+        def __init__(self, config: Config, model: Abstract, feed: Feed, mesh: Mesh):
+            self.step = make_train_step(config, model, make_optimizer(config.optim), mesh)
+            (batch,) = feed.statistics(1)
+            self.batch = normalize(batch.images, batch.normalization), batch.labels
 
         def steps(self, state: TrainState, num_steps: jax.Array) -> TrainState:
             """In one call."""

@@ -13,10 +13,13 @@ from ml_collections import ConfigDict
 from revjax.data import batch_indices, hold_out, load_dataset, random_crop_flip
 from revjax.training.config import check_config
 from revjax.training.evaluation import Evaluator
+from revjax.training.feed import MemoryFeed
 from revjax.training.interrupt import StopSignals
+from revjax.training.mesh import get, make_mesh, put, replicated
 from revjax.training.optimizer import learning_rate_schedule, make_optimizer
 from revjax.training.state import abstract_model, draw, initial_state
 from revjax.training.step import make_train_step, make_train_steps, put_on_device
+from revjax.training.votes import cast
 
 MOST = 7  # steps a dispatch
 
@@ -44,6 +47,7 @@ def config():
         "seed": 3,
         "steps": 100,
         "batch_size": 50,
+        "mesh": {"data": 1},
         "log_every": 5,
         "eval_every": 50,
         "checkpoint_every": 50,
@@ -55,15 +59,16 @@ def config():
 
 @pytest.fixture(scope="module")
 def data(config):
-    return put_on_device(config.data, load_dataset("digits"))
+    return put_on_device(config.data, load_dataset("digits"), make_mesh(config))
 
 
 @pytest.fixture(scope="module")
 def begin(config):
     """The state before the first step; a new copy a call, as training steps consume theirs."""
     optimizer = make_optimizer(config.optim)
-    state = jax.device_get(draw(lambda: initial_state(config, optimizer)))
-    return lambda: jax.tree.map(jnp.array, state)
+    mesh = make_mesh(config)
+    state = get(draw(lambda: initial_state(config, optimizer), mesh))
+    return lambda: put(state, replicated(mesh))
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +79,17 @@ def train_steps(config, data, begin):
         abstract_model(config),
         make_optimizer(config.optim),
         learning_rate_schedule(config.optim),
+        make_mesh(config),
     )
+    votes = cast(make_mesh(config), stop=True, pace=7)
     indices = np.zeros((MOST, config.batch_size), np.int32)
-    compiled = program.lower(begin(), data["train"], indices, np.int32(0)).compile()
+    compiled = program.lower(begin(), data["train"], indices, np.int32(0), votes).compile()
 
     def run(state, step, num_steps):
         indices = np.zeros((MOST, config.batch_size), np.int32)
         for index in range(num_steps):
             indices[index] = batch_indices(config.seed, step + index, config.batch_size, 1437)
-        return compiled(state, data["train"], indices, np.int32(num_steps))
+        return compiled(state, data["train"], indices, np.int32(num_steps), votes)
 
     return run
 
@@ -163,7 +170,8 @@ def test_a_step_that_is_not_finite_is_the_last(train_steps, begin):
 def test_steps_that_are_not_finite_can_be_skipped(begin, config, data):
     """Bit for bit the run without them; one more than the option allows is a failure."""
     config = dataclasses.replace(config, skip_nonfinite=2, log_every=3)
-    step = make_train_step(config, abstract_model(config), make_optimizer(config.optim))
+    optimizer = make_optimizer(config.optim)
+    step = make_train_step(config, abstract_model(config), optimizer, make_mesh(config))
     images = data["train"].images[:50].astype(jnp.float32)
     labels = data["train"].labels[:50]
     poisoned = images.at[7, 0, 0, 0].set(jnp.nan)
@@ -188,7 +196,8 @@ def test_steps_that_are_not_finite_can_be_skipped(begin, config, data):
 def held_out(config):
     """The config with validation, and what that makes of the digits."""
     data = dataclasses.replace(config.data, validation=237, normalize="mean_image_std")
-    return dataclasses.replace(config, data=data), put_on_device(data, load_dataset("digits"))
+    splits = put_on_device(data, load_dataset("digits"), make_mesh(config))
+    return dataclasses.replace(config, data=data), splits
 
 
 def test_validation_takes_from_training_and_statistics_are_of_what_is_left(config, data):
@@ -210,7 +219,7 @@ def test_evaluation_counts_every_example_once(begin, config):
     """A batch size that does not divide the splits, against one call on all of each."""
     config, data = held_out(dataclasses.replace(config, batch_size=100))
     model, state = abstract_model(config), begin()
-    assert_evaluates(Evaluator(config, model, data), state, state, ["validation", "test"])
+    assert_evaluates(evaluator(config, model, data), state, state, data, ["validation", "test"])
 
 
 def test_precise_bn_evaluates_by_the_mean_of_batch_statistics(begin, config, data):
@@ -232,8 +241,8 @@ def test_precise_bn_evaluates_by_the_mean_of_batch_statistics(begin, config, dat
     mean = jax.tree.map(lambda *leaves: sum(leaves) / 3, *map(statistics, batches))
     precise = state._replace(variables=nnx.merge_state(state.variables, mean))
     before = jax.device_get(state.variables)
-    evaluate = Evaluator(config, model, data)
-    assert_evaluates(evaluate, state, precise, ["test"], rtol=1e-3)
+    evaluate = evaluator(config, model, data)
+    assert_evaluates(evaluate, state, precise, data, ["test"], rtol=1e-3)
     chex.assert_trees_all_equal(jax.device_get(state.variables), before)
     (first,) = evaluate(state, ["test"], StopSignals())
     evaluate.compile(state)
@@ -241,12 +250,17 @@ def test_precise_bn_evaluates_by_the_mean_of_batch_statistics(begin, config, dat
     assert (first["loss"], first["accuracy"]) == (again["loss"], again["accuracy"])
 
 
-def assert_evaluates(evaluate, state, evaluated, names, rtol=1e-5):
+def evaluator(config, model, data):
+    mesh = make_mesh(config)
+    return Evaluator(config, model, MemoryFeed(config, data, mesh), mesh)
+
+
+def assert_evaluates(evaluate, state, evaluated, splits, names, rtol=1e-5):
     """The evaluation of a state is that of `evaluated`'s statistics in one batch a split."""
     rows = list(evaluate(state, names, StopSignals()))
     assert [row["split"] for row in rows] == names
     for row in rows:
-        data = evaluate.data[row["split"]]
+        data = splits[row["split"]]
         mean, std = data.normalization
         images = (data.images.astype(jnp.float32) - mean[None]) / std[None]
         logits = apply(evaluate.model.eval_graph, evaluated, images)

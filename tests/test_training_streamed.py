@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from test_data_stream import shades, write
 
-from revjax.data import distort_color
+from revjax.data import FIXED_NORMALIZATIONS, distort_color, normalize
 from revjax.training.command_line import Arguments, parse_arguments
 from revjax.training.config import Config, check_config
 from revjax.training.errors import ConfigError
+from revjax.training.feed import open_stream_of
 from revjax.training.state import abstract_model
-from revjax.training.streamed import open_stream_of, seen_in_evaluation, seen_in_training
+from revjax.training.step import Split, streamed_images
 
 ROOT = Path(__file__).parent.parent
 MODELS = ("resnet50", "resnet101", "revnet56", "revnet104")
@@ -45,8 +46,9 @@ def test_the_recipe_is_the_authors(name):
     assert (optim.decay_factor, optim.momentum, optim.weight_decay) == (0.1, 0.9, 1e-4)
     assert (optim.decay, optim.name, optim.nesterov) == ("kernels", "sgd", False)
     assert (config.data.image_size, config.data.flip, config.data.color) == (224, True, True)
-    edges = seen_in_evaluation(config, jnp.array([0, 255], jnp.uint8).reshape(1, 1, 2, 1))
-    assert edges.ravel().tolist() == [-1, 1]
+    edges = jnp.array([0, 255], jnp.uint8).reshape(1, 1, 2, 1)
+    seen = normalize(edges, FIXED_NORMALIZATIONS[config.data.normalize])
+    assert seen.ravel().tolist() == [-1, 1]
 
 
 def test_a_folder_has_its_own_classes_and_sizes(folder):
@@ -104,10 +106,10 @@ def test_padding_is_still_due_where_images_are_in_memory():
 
 
 @pytest.mark.parametrize("color", [True, False])
-@pytest.mark.parametrize("normalize", ["minus_one_to_one", "imagenet"])
-def test_colours_are_distorted_and_then_normalised(color, normalize):
+@pytest.mark.parametrize("way", ["minus_one_to_one", "imagenet"])
+def test_colours_are_distorted_and_then_normalised(color, way):
     values = parse()
-    values.data.color, values.data.normalize = color, normalize
+    values.data.color, values.data.normalize = color, way
     config: Config = check_config(values)
     images = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3), np.uint8)
     key = jax.random.key(0)
@@ -116,7 +118,8 @@ def test_colours_are_distorted_and_then_normalised(color, normalize):
         "minus_one_to_one": (0.5, 0.5),
         # pytorch/vision, references/classification
         "imagenet": (np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])),
-    }[normalize]
+    }[way]
     due = (np.asarray(seen) / 255 - mean) / std
-    found = jax.jit(partial(seen_in_training, config))(key, images)
+    batch = Split(images, np.zeros(3, np.int32), FIXED_NORMALIZATIONS[way])  # pyright: ignore
+    found = jax.jit(partial(streamed_images, config.data))(key, batch)
     np.testing.assert_allclose(found, due, atol=2e-5)

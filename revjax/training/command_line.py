@@ -4,7 +4,7 @@ import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -16,7 +16,7 @@ from revjax.training.errors import ConfigError
 class Arguments(NamedTuple):
     """What the command line asks for."""
 
-    config: ConfigDict  # the config file's values under the command line's overrides, unchecked
+    config: Any  # ConfigDict: the file's values under the command line's overrides, unchecked
     config_name: str  # the config file's name without its suffix, and the row after a dash
     workdir: Path
     eval_only: bool
@@ -123,12 +123,13 @@ def _add_optional(config: ConfigDict, key: str) -> None:
     if key not in (known := optional_keys()):
         return
     with config.unlocked():
+        group: Any = config
         for part in path:
-            if part not in config:
-                config[part] = ConfigDict()
-            config = config[part]
-        if isinstance(config, ConfigDict) and last not in config:
-            config[last] = known[key]
+            if part not in group:
+                group[part] = ConfigDict()
+            group = group[part]
+        if isinstance(group, ConfigDict) and last not in group:
+            group[last] = known[key]
 
 
 def _check_key(config: ConfigDict, key: str, given: set[str]) -> None:

@@ -136,11 +136,11 @@ class Config:
     skip_nonfinite: int = 0  # steps that may be left out, over the run, as they are not finite
 
 
-def check_config(values: ConfigDict) -> Config:
+def check_config(values: Any) -> Config:
     """Turn the config of the command line into a record, or say what is wrong with it.
 
     Args:
-        values: what `get_config()` returned, under the command line's overrides.
+        values: the ConfigDict that `get_config()` returned, under the command line's overrides.
 
     Returns:
         The same values, checked one by one and against each other and the data set's sizes.
@@ -318,7 +318,7 @@ def _value(hint: Any, value: Any, key: str) -> Any:
     return value
 
 
-def _refuse(group: ConfigDict, name: str, keys: Sequence[str], why: str) -> None:
+def _refuse(group: Any, name: str, keys: Sequence[str], why: str) -> None:
     for key in keys:
         if key in group:
             raise ConfigError(f"config.{name}.{key} is a key that nothing reads: {why}.")

@@ -9,6 +9,7 @@ averages, the variance is the mean of the batches' variances.
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import jax
@@ -18,10 +19,11 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from revjax.data import batch_indices, normalize
+from revjax.data import DataError, normalize
 from revjax.training.config import Config
+from revjax.training.feed import Feed
 from revjax.training.interrupt import StopSignals
-from revjax.training.mesh import BATCH_AXES, batch_sharding, on_each_device, put, replicated
+from revjax.training.mesh import BATCH_AXES, on_each_device, put, replicated
 from revjax.training.state import Abstract, TrainState
 from revjax.training.step import Split
 from revjax.training.votes import Votes, cast, count
@@ -34,13 +36,10 @@ class Evaluator:
     run's first, without augmentation; else they are the running averages.
     """
 
-    def __init__(self, config: Config, model: Abstract, data: dict[str, Split], mesh: Mesh):
+    def __init__(self, config: Config, model: Abstract, feed: Feed, mesh: Mesh):
         """Keep what every evaluation needs; nothing is compiled yet."""
-        self.config, self.model, self.data, self.mesh = config, model, data, mesh
-        whole, parts = replicated(mesh), batch_sharding(mesh)
-        self.take: Any = jax.jit(
-            _take, in_shardings=(whole, whole), out_shardings=Split(parts, parts, whole)
-        )
+        self.config, self.model, self.feed, self.mesh = config, model, feed, mesh
+        whole = replicated(mesh)
         self.add_statistics: Any = jax.jit(
             self._add_statistics, donate_argnums=0, out_shardings=whole
         )
@@ -49,9 +48,7 @@ class Evaluator:
     def compile(self, state: TrainState) -> None:
         """Compile for states like this one, so that the first evaluation does not have to."""
         params, variables = state.params, state.variables
-        places = np.zeros(self.config.batch_size, np.int32)
-        batch, *_ = [self.take(data, places) for data in self.data.values()]
-        counted, votes = put(places > 0, batch_sharding(self.mesh)), cast(self.mesh, False)
+        (batch, counted), votes = self.feed.example(), cast(self.mesh, False)
         if self.config.precise_bn_batches:
             total = self._no_statistics(state)
             lowered = self.add_statistics.lower(total, params, variables, batch, votes)
@@ -78,19 +75,19 @@ class Evaluator:
         self, name: str, params: nnx.State, variables: nnx.State, stop: StopSignals
     ) -> dict[str, Any] | None:
         """The row of a split; None if told to stop meanwhile."""
-        data = self.data[name]
-        began, num_examples = time.monotonic(), len(data.labels)
-        total_loss, total_correct = 0.0, 0
-        for start in range(0, num_examples, self.config.batch_size):
-            places = np.arange(start, start + self.config.batch_size, dtype=np.int32)
-            batch = self.take(data, np.minimum(places, num_examples - 1))
-            counted = put(places < num_examples, batch_sharding(self.mesh))
-            loss, correct, agreed = self.eval_batch(
-                params, variables, batch, counted, cast(self.mesh, stop.requested is not None)
-            )
-            if agreed.stop:
-                return None
-            total_loss, total_correct = total_loss + float(loss), total_correct + int(correct)
+        began, total_loss, total_correct, num_examples = time.monotonic(), 0.0, 0, 0
+        with closing(self.feed.evaluation(name)) as batches:
+            for batch, counted in batches:
+                votes = cast(self.mesh, stop.requested is not None)
+                loss, correct, number, agreed = self.eval_batch(
+                    params, variables, batch, counted, votes
+                )
+                if agreed.stop:
+                    return None
+                total_loss, total_correct = total_loss + float(loss), total_correct + int(correct)
+                num_examples += int(number)
+        if not num_examples:
+            raise DataError(f"no image of the split {name} can be decoded: is it the right data?")
         return {
             "split": name,
             "loss": total_loss / num_examples,
@@ -100,10 +97,8 @@ class Evaluator:
 
     def _no_statistics(self, state: TrainState) -> nnx.State:
         statistics = nnx.filter_state(state.variables, nnx.BatchStat)
-        return put(
-            jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), statistics),
-            replicated(self.mesh),
-        )
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), statistics)
+        return put(zeros, replicated(self.mesh))
 
     def _with_statistics(self, state: TrainState, stop: StopSignals) -> nnx.State | None:
         """The state's variables, with the statistics to evaluate by; None if told to stop."""
@@ -111,13 +106,14 @@ class Evaluator:
         if not num_batches:
             return state.variables
         total = self._no_statistics(state)
-        config, train = self.config, self.data["train"]
-        for step in range(num_batches):
-            indices = batch_indices(config.seed, step, config.batch_size, len(train.labels))
-            batch, vote = self.take(train, indices), cast(self.mesh, stop.requested is not None)
-            total, agreed = self.add_statistics(total, state.params, state.variables, batch, vote)
-            if agreed.stop:  # it waits for the batch: a signal is not to wait for a queue of them
-                return None
+        with closing(self.feed.statistics(num_batches)) as batches:
+            for batch in batches:
+                votes = cast(self.mesh, stop.requested is not None)
+                total, agreed = self.add_statistics(
+                    total, state.params, state.variables, batch, votes
+                )
+                if agreed.stop:  # it waits for the batch: a signal is not to wait for many
+                    return None
         mean = jax.tree.map(lambda leaf: leaf / num_batches, total)
         return nnx.merge_state(state.variables, mean)
 
@@ -148,8 +144,8 @@ class Evaluator:
         batch: Split,
         counted: jax.Array,
         votes: Votes,
-    ) -> tuple[jax.Array, jax.Array, Votes]:
-        """Sums of the loss, float32, and of the correct answers, int32, over a batch.
+    ) -> tuple[jax.Array, jax.Array, jax.Array, Votes]:
+        """Over a batch: the loss, float32; the correct answers and the examples, int32.
 
         Examples where `counted`, bool `[batch_size]`, is false are there to fill it up.
         """
@@ -159,12 +155,5 @@ class Evaluator:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
         correct = (jnp.argmax(logits, axis=-1) == batch.labels) & counted
         loss = jnp.where(counted, losses, 0).sum()
-        return loss, correct.sum(dtype=jnp.int32), count(votes)
-
-
-def _take(data: Split, indices: jax.Array) -> Split:
-    """The examples that `indices` names.
-
-    It is a program of its own, so that splits of all sizes share the network's.
-    """
-    return data._replace(images=data.images[indices], labels=data.labels[indices])
+        number = counted.sum(dtype=jnp.int32)
+        return loss, correct.sum(dtype=jnp.int32), number, count(votes)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,16 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from revjax.data import Dataset, Normalization, augment, find_normalization, hold_out
+from revjax.data import (
+    Dataset,
+    Normalization,
+    augment,
+    distort_color,
+    find_normalization,
+    hold_out,
+    is_streamed,
+    normalize,
+)
 from revjax.stage import StreamPeak
 from revjax.training.config import Config, DataConfig
 from revjax.training.mesh import (
@@ -51,6 +60,12 @@ class Report(NamedTuple):
     agreed: Votes  # what the processes agree on
 
 
+def split_shardings(mesh: Mesh) -> Any:
+    """Where a batch lies, a sharding for each of its fields."""
+    parts: Any = batch_sharding(mesh)
+    return Split(parts, parts, normalization=cast(Any, replicated(mesh)))
+
+
 def put_on_device(config: DataConfig, dataset: Dataset, mesh: Mesh) -> dict[str, Split]:
     """Return the splits "train", "validation" if any example is held out for it, and "test".
 
@@ -77,6 +92,12 @@ def put_on_device(config: DataConfig, dataset: Dataset, mesh: Mesh) -> dict[str,
         name: Split(put(images, whole), put(labels, whole), normalization)
         for name, (images, labels) in arrays.items()
     }
+
+
+def streamed_images(config: DataConfig, key: jax.Array, batch: Split) -> jax.Array:
+    """What the network sees in training of a batch from a stream, float32 `[B, H, W, 3]`."""
+    images = distort_color(key, batch.images) if config.color else batch.images
+    return normalize(images, batch.normalization)
 
 
 def stream_key(seed: int, stream: int, step: jax.Array) -> jax.Array:
@@ -176,22 +197,30 @@ def make_train_steps(
     `indices`, int32 [K, batch_size], names the examples of up to K steps, of which the first
     `num_steps` are made. As `num_steps` is a traced value, one program serves every number of
     steps, and each step is the same machine code whichever dispatch it falls into: the result
-    does not depend, to the last bit, on how the steps are dispatched.
+    does not depend, to the last bit, on how the steps are dispatched. Of a data set that is
+    streamed, `data` is the batch of a single step, and `indices` is None.
 
     The state is donated. A step whose loss, gradient or update is not finite is the last one made,
     and the report names it: the state is then lost, and the newest checkpoint is what is left.
     """
     train_step = make_train_step(config, model, optimizer, mesh)
-    split = batch_sharding(mesh)
+    streamed = is_streamed(config.data.name, config.data.source)
 
-    def augmented(state: TrainState, data: Split, indices: jax.Array) -> jax.Array:
-        return augment(
-            stream_key(config.seed, AUGMENTATION_STREAM, state.step),
-            data.images[indices],
+    def batch(
+        state: TrainState, data: Split, indices: jax.Array, index: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        key = stream_key(config.seed, AUGMENTATION_STREAM, state.step)
+        if streamed:  # cropped and mirrored it has come
+            return streamed_images(config.data, key, data), data.labels
+        chosen = jax.lax.with_sharding_constraint(indices[index], batch_sharding(mesh))
+        images = augment(
+            key,
+            data.images[chosen],
             data.normalization,
             padding=config.data.padding,
             flip=config.data.flip,
         )
+        return images, data.labels[chosen]
 
     def train_steps(
         state: TrainState, data: Split, indices: jax.Array, num_steps: jax.Array, votes: Votes
@@ -202,9 +231,7 @@ def make_train_steps(
 
         def advance(carry: tuple[jax.Array, TrainState]) -> tuple[jax.Array, TrainState]:
             index, state = carry
-            chosen = jax.lax.with_sharding_constraint(indices[index], split)
-            images = augmented(state, data, chosen)
-            return index + 1, train_step(state, images, data.labels[chosen])
+            return index + 1, train_step(state, *batch(state, data, indices, index))
 
         _, state = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), state))
         steps = jnp.maximum(state.interval.steps, 1).astype(jnp.float32)
@@ -226,6 +253,12 @@ def make_train_steps(
     return jax.jit(
         train_steps,
         donate_argnums=0,
-        in_shardings=(states, whole, whole, whole, split),
+        in_shardings=(
+            states,
+            split_shardings(mesh) if streamed else whole,
+            whole,
+            whole,
+            batch_sharding(mesh),
+        ),
         out_shardings=(states, whole),
     )

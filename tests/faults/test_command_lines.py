@@ -23,9 +23,11 @@ from revjax.data import load_dataset
 from revjax.training.command_line import parse_arguments
 from revjax.training.config import Config, check_config
 from revjax.training.errors import ConfigError
+from revjax.training.mesh import make_mesh
 from revjax.training.optimizer import learning_rate_schedule, make_optimizer
 from revjax.training.state import abstract_model, initial_state
 from revjax.training.step import make_train_steps, put_on_device
+from revjax.training.votes import cast
 
 ROOT = Path(train.__file__).parent
 BASES = {
@@ -120,11 +122,12 @@ def trace(config: Config) -> None:
     """Trace the program of a run, whose numbers are then known to fit their dtypes."""
     model, optimizer = abstract_model(config), make_optimizer(config.optim)
     schedule = learning_rate_schedule(config.optim)
-    train_steps = make_train_steps(config, model, optimizer, schedule)
+    mesh = make_mesh(config)
+    train_steps = make_train_steps(config, model, optimizer, schedule, mesh)
     state = jax.eval_shape(lambda: initial_state(config, optimizer))
     indices = np.zeros((1, config.batch_size), np.int32)
-    data = jax.eval_shape(lambda: put_on_device(config.data, load_dataset("digits")))
-    jax.eval_shape(train_steps, state, data["train"], indices, np.int32(0))
+    data = put_on_device(config.data, load_dataset("digits"), mesh)
+    jax.eval_shape(train_steps, state, data["train"], indices, np.int32(0), cast(mesh, False))
 
 
 @given(NAMED, SPELLINGS, st.booleans())

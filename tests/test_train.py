@@ -194,7 +194,7 @@ def test_a_stream_past_its_bound_is_told_once(finished):
 def test_a_finished_run_says_so_without_work(finished, command, monkeypatch, capsys):
     workdir, out, _ = finished
     before = {path: path.stat().st_mtime_ns for path in workdir.glob("[cmst]*")}
-    for work in ("load_dataset", "draw", "make_train_steps", "Checkpoints", "MetricsLog"):
+    for work in ("open_feed", "draw", "make_train_steps", "Checkpoints", "MetricsLog"):
         monkeypatch.setattr(train, work, None)
     assert train.run(["train.py", f"--config={command.config}", f"--workdir={workdir}"]) == 0
     again = capsys.readouterr().out

@@ -18,6 +18,7 @@ from revjax.training.command_line import Arguments, parse_arguments
 from revjax.training.config import (
     Config,
     DataConfig,
+    MeshConfig,
     ModelConfig,
     OptimConfig,
     check_config,
@@ -44,7 +45,7 @@ def refused(monkeypatch, tmp_path, capsys):
 
     def run(*arguments: str) -> str:
         workdir = tmp_path / "run"
-        for work in ("load_dataset", "initial_state", "make_train_steps", "write_json"):
+        for work in ("open_feed", "initial_state", "make_train_steps", "write_json"):
             monkeypatch.setattr(train, work, forbidden)
         assert train.run(["train.py", f"--workdir={workdir}", *arguments]) == 2
         out, err = capsys.readouterr()
@@ -66,6 +67,11 @@ def refused(monkeypatch, tmp_path, capsys):
         (["--config=configs/none.py"], "there is no file"),
         (["--config=README"], "there is no file"),
         ([DIGITS, "--evalonly"], "evalonly"),
+        # layouts
+        ([DIGITS, "--config.mesh.fsdp=0"], "config.mesh.fsdp is 0; a number of devices is due"),
+        ([DIGITS, "--config.mesh.data=-2"], "config.mesh.data is -2; a number of devices or -1, "),
+        ([DIGITS, "--config.mesh.fsdp=8"], "config.mesh is 1 x 8 (data x fsdp), and there are 4"),
+        ([DIGITS, "--config.mesh.data=3"], "batch_size is 100, which 3 devices cannot share even"),
         ([DIGITS, "stray"], "'stray' is no flag"),
         ([DIGITS, "--eval_only=perhaps"], "eval_only"),
         # unknown keys
@@ -164,6 +170,7 @@ def test_refuses_config_file(refused, tmp_path, source, named):
     ("line", "named"),
     [
         ("config.warmup = 10", "config.warmup is a key that nothing reads"),
+        ("config.model.bn_scope = 'host'", "config.model.bn_scope is 'host'; one of global, dev"),
         ("config.data.normalize = 'mean'", "config.data.normalize is 'mean'; one of mean_image,"),
         ("config.data.validation = -1", "config.data.validation is -1; a number from 0 to 1436"),
         ("config.data.validation = 1437", "config.data.validation is 1437; a number from 0 to"),
@@ -259,15 +266,16 @@ def test_help(capsys):
 
 def test_every_field_of_a_config_is_read():
     """A field that no code reads would be the silence that an unknown key may not be."""
+    groups = r"(self\._?)?(config|optim|model|data)(\.(data|mesh|model))?"
     read = {
         node.attr
         for path in [ROOT / "train.py", *(ROOT / "revjax" / "training").glob("*.py")]
         if path.name != "config.py"
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute)
-        if re.fullmatch(r"(self\.)?(config|optim|model)(\.data)?", ast.unparse(node.value))
+        if re.fullmatch(groups, ast.unparse(node.value))
     }
-    for record in (Config, DataConfig, ModelConfig, OptimConfig):
+    for record in (Config, DataConfig, ModelConfig, OptimConfig, MeshConfig):
         for field in dataclasses.fields(record):
             assert field.name in read, field.name
 

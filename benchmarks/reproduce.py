@@ -170,7 +170,7 @@ def config_hash(row: Row) -> str:
         *path, last = key.split(".")
         group = values
         for part in path:
-            group = group[part]
+            group = group.get(part, {})
         group.pop(last, None)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 

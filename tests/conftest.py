@@ -18,7 +18,17 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 # The files that take longest, in their order.
 LONGEST = ("train", "reversible", "identity_mappings", "models", "stochastic_depth", "docstrings")
-LONGEST += ("readme", "memory", "training_step", "stage", "examples", "gates", "check", "revvit")
+LONGEST += (
+    "readme",
+    "training_mesh",
+    "memory",
+    "training_step",
+    "stage",
+    "examples",
+    "gates",
+    "check",
+    "revvit",
+)
 
 
 def pytest_collection_modifyitems(items):

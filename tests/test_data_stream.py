@@ -263,6 +263,7 @@ def test_workers_give_the_same_and_outlive_signals_to_all(damaged):
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_a_sentence(folder):
     with opened(folder, workers=1).train(0, 10_000, 8, seed=0) as batches:
         next(batches)

@@ -241,6 +241,7 @@ def test_command(capsys, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_command_of_a_transformer(capsys, monkeypatch):
     """At another size of the images, and deeper; a size that patches do not divide is refused."""
     monkeypatch.setitem(ARCHITECTURES, "revvit_small", Transformer(1, 8, 2))

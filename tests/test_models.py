@@ -289,7 +289,7 @@ def test_statistics_of_the_stem_move_once():
 # Three ways to the gradient ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["revnet", "resnet"])
+@pytest.mark.parametrize("kind", [pytest.param("revnet", marks=pytest.mark.slow), "resnet"])
 def test_unrolled_units_are_the_same(kind):
     with setting("float64"):
         network = make(kind, "float64", unroll=True)
@@ -414,7 +414,7 @@ def test_graph_and_tree_mode_are_one_program(kind):
     assert lowered(True) == lowered(False)
 
 
-@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+@pytest.mark.parametrize("axis_type", ["Auto", pytest.param("Explicit", marks=pytest.mark.slow)])
 def test_four_devices_against_one(axis_type):
     """The batch sharded over a mesh; float64, where a sum in another order flips no rounding."""
     devices = jax.device_count()
@@ -624,7 +624,8 @@ def test_images_of_another_shape(name, shape):
         model = create_model(name, 10, rngs=nnx.Rngs(0), units=(1,), filters=(8, 8))
         return model(jnp.zeros(shape))
 
-    with pytest.raises(ValueError, match=re.escape(f"images of shape {shape}: give [B, H, W, 3]")):
+    shown = f"images are float32[{','.join(map(str, shape))}]: give [B, H, W, 3]"
+    with pytest.raises(ValueError, match=re.escape(shown)):
         jax.eval_shape(logits)
 
 

@@ -79,12 +79,10 @@ def test_gradients_are_those_of_the_function():
     with jax.enable_x64(True):
         x, w = jax.random.normal(jax.random.key(9), (2, 5, 5), jnp.float64)
         operands = x, w, jnp.float64(0.7)
-        for argnums in (0, 1, 2):
-            got, due = (
-                jax.jit(jax.grad(loss_by(apply), argnums))(*operands)
-                for apply in (recompute, plain)
-            )
-            chex.assert_trees_all_close(got, due, rtol=1e-12)
+        got, due = (
+            jax.jit(jax.grad(loss_by(apply), (0, 1, 2)))(*operands) for apply in (recompute, plain)
+        )
+        chex.assert_trees_all_close(got, due, rtol=1e-12)
         got, due = (
             jax.jit(
                 jax.grad(lambda x, apply=apply: jnp.sum(jax.grad(loss_by(apply))(x, w, 0.7) ** 2))

@@ -206,7 +206,7 @@ def resnet_due(style):
     [
         ("original", "store"),
         pytest.param("full", "store", marks=pytest.mark.slow),
-        ("full", "remat"),
+        pytest.param("full", "remat", marks=pytest.mark.slow),
     ],
 )
 def test_a_resnet_trains_its_open_functions(style, backward):

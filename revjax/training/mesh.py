@@ -57,9 +57,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """An array whose `axis` is that of the examples of a batch."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXES))
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Along the first axis, that of the examples of a batch."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def split_over_fsdp(mesh: Mesh, tree: Any) -> Any:

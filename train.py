@@ -5,7 +5,8 @@
 
 The order of decisions, numbered as in main():
 
- 1. What is asked for: the config, checked before anything is computed, downloaded or written.
+ 1. What is asked for: the config, checked before anything is computed, downloaded or written; then
+    the run's other processes and the mesh of all their devices.
  2. Whose folder it is: one run a workdir, of one config; a finished run says so and ends here.
  3. The data, whole, on the devices, or a stream of them.
  4. Where the run stands: at its start, or at its newest whole checkpoint.
@@ -15,8 +16,9 @@ The order of decisions, numbered as in main():
  7. The result: summary.json, curves.png, and a table.
 
 A run is a function of its config: it may be stopped or killed at any time, and started again by
-the same command it ends in the same parameters, bit for bit on the same machine. The workdir gets
-config.json, metrics.jsonl, tensorboard/, checkpoints/, and at the end summary.json and curves.png.
+the same command it ends in the same parameters, bit for bit on the same machine. Of several
+processes the first alone reads and writes the workdir, which gets config.json, metrics.jsonl,
+tensorboard/, checkpoints/, and at the end summary.json and curves.png.
 
 Exit codes: 0 done, or stopped by SIGTERM or SIGINT with everything saved; 1 the run failed; 2 it
 was asked for something impossible. The last two come with a sentence on stderr.

@@ -236,9 +236,9 @@ def train_oracle(kind) -> Step:
 WAYS = [
     ("revnet", "reversible"),
     ("revnet", "remat"),
-    ("revnet", "store"),
+    pytest.param("revnet", "store", marks=pytest.mark.slow),
     ("revnet bottleneck", "reversible"),
-    ("revnet large", "reversible"),
+    pytest.param("revnet large", "reversible", marks=pytest.mark.slow),
     ("resnet", "store"),
     ("resnet", "remat"),
     ("resnet bottleneck", "store"),

@@ -26,7 +26,13 @@ def python_of(page):
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if python_of(page)], ids=lambda page: page.name
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if page.name == "faq.md" else [])
+        for page in PAGES
+        if python_of(page)
+    ],
+    ids=lambda page: page.name,
 )
 @jax.numpy_dtype_promotion("standard")  # as readers have it
 @jax.numpy_rank_promotion("allow")

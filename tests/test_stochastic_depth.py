@@ -225,7 +225,7 @@ def revnet_due():
     return train_oracle(make("revnet", HALF), revnet_oracle, gates)
 
 
-@pytest.mark.parametrize("backward", ["reversible", "store"])
+@pytest.mark.parametrize("backward", ["reversible", pytest.param("store", marks=pytest.mark.slow)])
 def test_a_revnet_trains_its_open_functions(backward):
     with setting("float64"), jax.numpy_rank_promotion("allow"):
         network, key = make("revnet", HALF, backward=backward), jax.random.key(SEEDS["revnet"])

@@ -414,7 +414,8 @@ def test_graph_and_tree_mode_are_one_program(kind):
     assert lowered(True) == lowered(False)
 
 
-@pytest.mark.parametrize("axis_type", ["Auto", pytest.param("Explicit", marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/test_training_mesh.py has the like
+@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
 def test_four_devices_against_one(axis_type):
     """The batch sharded over a mesh; float64, where a sum in another order flips no rounding."""
     devices = jax.device_count()

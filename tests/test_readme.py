@@ -12,6 +12,7 @@ from revjax import models
 
 ROOT = Path(revjax.__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+LONG = ("faq.md", "other_tools.md")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TRANSFORMERS = re.findall(
     r"^\| (revvit_\w+) \| (\d+) \| (\d+) \| (\d+) \| ([\d,]+) \|", README, re.M
@@ -28,7 +29,7 @@ def python_of(page):
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, marks=[pytest.mark.slow] if page.name == "faq.md" else [])
+        pytest.param(page, marks=[pytest.mark.slow] if page.name in LONG else [])
         for page in PAGES
         if python_of(page)
     ],

@@ -437,6 +437,7 @@ def test_activation_memory_does_not_grow_with_depth():
 
 
 @pytest.mark.optimised
+@pytest.mark.slow
 def test_activation_memory_of_a_list_does_not_grow_with_depth():
     """Although its blocks are one program, which XLA:CPU would rearrange."""
     shallow, deep = (temporary_bytes(depth, "reversible", listed=True) for depth in (2, 6))

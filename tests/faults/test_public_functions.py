@@ -226,6 +226,7 @@ def test_odd_images(model):
     assert model(jnp.ones((0, 8, 8, 3))).shape == (0, 3)
 
 
+@pytest.mark.slow
 @given(st.sampled_from(["f", "params", "x"]), VALUES, FORMS)
 @few(12)
 def test_odd_arguments_of_the_tools(name, value, form):
@@ -235,6 +236,7 @@ def test_odd_arguments_of_the_tools(name, value, form):
     attempt(revjax.drift, *options.values(), **few)
 
 
+@pytest.mark.slow
 @given(st.sampled_from(["dtypes", "grid_bits", "depths"]), VALUES, st.booleans())
 @few(15)
 def test_odd_options_of_drift(name, value, listed):
@@ -257,6 +259,7 @@ def test_odd_arguments_of_a_memory_report(value):
 STAGE = ["f", "g", "depth", "rngs", "coupling", "grid_bits", "backward", "unroll"]
 
 
+@pytest.mark.slow
 @given(st.sampled_from(STAGE), st.sampled_from(["x", "key", "gates", ""]), VALUES, FORMS)
 @few(6)
 def test_odd_stages(made_with, called_with, value, form):

@@ -2,6 +2,7 @@
 
     python benchmarks/reproduce.py --table revnet_cifar [--rows revnet38,resnet32] [--seeds 0,1,2]
                                    [--budget 9m] [--source DIR] [--data_dir DIR] [--workdir DIR]
+                                   [--unroll]
     python benchmarks/reproduce.py --report [--table revnet_cifar]
 
 Each row of a table (benchmarks/tables.py) is a run of train.py for each seed. A call goes through
@@ -51,6 +52,7 @@ def main() -> None:
         return
     flags = [f"--config.data.source={arguments.source}"] if arguments.source else []
     flags += [f"--config.data.dir={arguments.data_dir}"] if arguments.data_dir else []
+    flags += ["--config.model.unroll=true"] if arguments.unroll else []
     failed = []
     keys = ("table", "row", "seed", "config_hash", "complete")
     done = {tuple(record[key] for key in keys) for record in read_records(arguments.records)}
@@ -246,6 +248,7 @@ def parse() -> Any:
     parser.add_argument("--budget", type=seconds, default=float("inf"), help="as in 90s, 9m or 2h")
     parser.add_argument("--source", help="the official files of the data set on disk")
     parser.add_argument("--data_dir", help="where the prepared data set lies, or shall lie")
+    parser.add_argument("--unroll", action="store_true", help="config.model.unroll: for a GPU")
     parser.add_argument("--workdir", type=Path, default=ROOT / "runs" / "reproduction")
     parser.add_argument("--records", type=Path, default=RECORDS, help="the file to append to")
     parser.add_argument("--report", action="store_true", help="print the tables; run nothing")

@@ -82,6 +82,7 @@ class ModelConfig:
     conventions: str | None = None
     stochastic_depth: StochasticDepth | None = None  # None: constant depth
     bn_scope: str = "global"  # statistics of the whole batch, or "device": of each device's part
+    unroll: bool = False  # no loop over the units of a stage: longer to compile, faster on a GPU
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,10 +20,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from revjax.data import DataError, normalize
+from revjax.training.compiler import compiler_options
 from revjax.training.config import Config
 from revjax.training.feed import Feed
 from revjax.training.interrupt import StopSignals
-from revjax.training.mesh import BATCH_AXES, on_each_device, put, replicated
+from revjax.training.mesh import BATCH_AXES, on_each_device, platform_of, put, replicated
 from revjax.training.state import Abstract, TrainState
 from revjax.training.step import Split
 from revjax.training.votes import Votes, cast, count
@@ -39,11 +40,11 @@ class Evaluator:
     def __init__(self, config: Config, model: Abstract, feed: Feed, mesh: Mesh):
         """Keep what every evaluation needs; nothing is compiled yet."""
         self.config, self.model, self.feed, self.mesh = config, model, feed, mesh
-        whole = replicated(mesh)
-        self.add_statistics: Any = jax.jit(
-            self._add_statistics, donate_argnums=0, out_shardings=whole
+        options: Any = dict(
+            out_shardings=replicated(mesh), compiler_options=compiler_options(platform_of(mesh))
         )
-        self.eval_batch: Any = jax.jit(self._eval_batch, out_shardings=whole)
+        self.add_statistics: Any = jax.jit(self._add_statistics, donate_argnums=0, **options)
+        self.eval_batch: Any = jax.jit(self._eval_batch, **options)
 
     def compile(self, state: TrainState) -> None:
         """Compile for states like this one, so that the first evaluation does not have to."""
@@ -75,17 +76,20 @@ class Evaluator:
         self, name: str, params: nnx.State, variables: nnx.State, stop: StopSignals
     ) -> dict[str, Any] | None:
         """The row of a split; None if told to stop meanwhile."""
-        began, total_loss, total_correct, num_examples = time.monotonic(), 0.0, 0, 0
-        with closing(self.feed.evaluation(name)) as batches:
-            for batch, counted in batches:
-                votes = cast(self.mesh, stop.requested is not None)
-                loss, correct, number, agreed = self.eval_batch(
-                    params, variables, batch, counted, votes
-                )
-                if agreed.stop:
-                    return None
-                total_loss, total_correct = total_loss + float(loss), total_correct + int(correct)
-                num_examples += int(number)
+        began = time.monotonic()
+        total_loss, total_correct, num_examples = 0.0, 0, 0
+
+        def parts() -> Iterator[Any]:
+            with closing(self.feed.evaluation(name)) as batches:
+                for batch, counted in batches:
+                    votes = cast(self.mesh, stop.requested is not None)
+                    yield self.eval_batch(params, variables, batch, counted, votes)
+
+        for loss, correct, number, agreed in _one_behind(parts()):
+            if agreed.stop:
+                return None
+            total_loss, total_correct = total_loss + float(loss), total_correct + int(correct)
+            num_examples += int(number)
         if not num_examples:
             raise DataError(f"no image of the split {name} can be decoded: is it the right data?")
         return {
@@ -106,14 +110,19 @@ class Evaluator:
         if not num_batches:
             return state.variables
         total = self._no_statistics(state)
-        with closing(self.feed.statistics(num_batches)) as batches:
-            for batch in batches:
-                votes = cast(self.mesh, stop.requested is not None)
-                total, agreed = self.add_statistics(
-                    total, state.params, state.variables, batch, votes
-                )
-                if agreed.stop:  # it waits for the batch: a signal is not to wait for many
-                    return None
+
+        def votes_of_batches() -> Iterator[Votes]:
+            nonlocal total
+            with closing(self.feed.statistics(num_batches)) as batches:
+                for batch in batches:
+                    votes = cast(self.mesh, stop.requested is not None)
+                    total, agreed = self.add_statistics(
+                        total, state.params, state.variables, batch, votes
+                    )
+                    yield agreed
+
+        if any(agreed.stop for agreed in _one_behind(votes_of_batches())):
+            return None
         mean = jax.tree.map(lambda leaf: leaf / num_batches, total)
         return nnx.merge_state(state.variables, mean)
 
@@ -157,3 +166,16 @@ class Evaluator:
         loss = jnp.where(counted, losses, 0).sum()
         number = counted.sum(dtype=jnp.int32)
         return loss, correct.sum(dtype=jnp.int32), number, count(votes)
+
+
+def _one_behind(results: Iterator[Any]) -> Iterator[Any]:
+    """The same, each after the next has been asked for: the host reads one while the next runs.
+
+    So the device does not wait for the host, and a signal for no more than two batches.
+    """
+    behind = next(results, None)
+    for result in results:
+        yield behind
+        behind = result
+    if behind is not None:
+        yield behind

@@ -52,6 +52,11 @@ def make_mesh(config: Config) -> Mesh:
     )
 
 
+def platform_of(mesh: Mesh) -> str:
+    """"cpu", "gpu" or "tpu"."""
+    return mesh.devices.flat[0].platform
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Whole on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -69,6 +69,7 @@ def build_model(config: Config) -> nnx.Module:
         rngs=nnx.Rngs(config.seed),
         in_channels=info.image_shape[-1],
         backward=model.backward,
+        unroll=model.unroll or 1,
         dtype=DTYPES[model.dtype],
         units=model.units,
         filters=model.filters,

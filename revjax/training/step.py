@@ -21,11 +21,13 @@ from revjax.data import (
     normalize,
 )
 from revjax.stage import StreamPeak
+from revjax.training.compiler import compiler_options
 from revjax.training.config import Config, DataConfig
 from revjax.training.mesh import (
     BATCH_AXES,
     batch_sharding,
     on_each_device,
+    platform_of,
     put,
     replicated,
     split_over_fsdp,
@@ -253,6 +255,7 @@ def make_train_steps(
     return jax.jit(
         train_steps,
         donate_argnums=0,
+        compiler_options=compiler_options(platform_of(mesh)),
         in_shardings=(
             states,
             split_shardings(mesh) if streamed else whole,

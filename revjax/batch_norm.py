@@ -1,0 +1,71 @@
+"""Batch normalisation that is one multiplication and one addition a number.
+
+    y = x * factor + offset,   factor = scale / sqrt(variance + epsilon),   offset = bias - mean * factor
+
+Ioffe & Szegedy 2015 (arXiv:1502.03167), algorithm 1, whose per-channel part is done per channel. So the
+gradient sums over the batch twice, `dy` for the offset and `dy * x` for the factor, in one pass, where
+that of `(x - mean) * factor + bias` sums three times, in two.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from revjax.conventions import Conventions
+
+
+class BatchNorm(nnx.BatchNorm):
+    """Normalise `[..., C]` by the statistics of all axes but the last, in the dtype of x.
+
+    Parameters and running averages are those of `nnx.BatchNorm`, and so are the switches between
+    statistics of the batch and running averages.
+
+    Args:
+        channels: C.
+        conventions: say epsilon and the decay of running averages.
+        dtype: of parameters and averages; x has it, too.
+        rngs: as for `nnx.BatchNorm`.
+    """
+
+    def __init__(self, channels: int, *, conventions: Conventions, dtype: Any, rngs: nnx.Rngs):
+        super().__init__(
+            channels,
+            momentum=conventions.decay,
+            epsilon=conventions.epsilon,
+            dtype=dtype,
+            param_dtype=dtype,
+            rngs=rngs,
+        )
+        self.mean = nnx.BatchStat(jnp.zeros(channels, dtype))
+        self.var = nnx.BatchStat(jnp.ones(channels, dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        mean, variance = self.mean[...], self.var[...]
+        if not self.use_running_average:
+            mean, squares = _sum_over_batch(x, x * x) / (x.size // x.shape[-1])
+            variance = jnp.maximum(squares - mean * mean, 0)  # rounding may leave less
+            for average, new in ((self.mean, mean), (self.var, variance)):
+                moved = self.momentum * average[...] + (1 - self.momentum) * new
+                average[...] = jax.lax.stop_gradient(moved)
+        factor = self.scale[...] * jax.lax.rsqrt(variance + self.epsilon)
+        offset = self.bias[...] - mean * factor
+        factor, offset = _spread_over_batch(x, factor, offset)
+        return x * factor + offset
+
+
+def _sum_over_batch(*arrays):
+    """The sums of `[B, ..., C]` over all axes but the last, `[len(arrays), C]`.
+
+    The sums over B are one sum, so that a GPU has one small kernel to launch instead of two.
+    """
+    inner = range(1, arrays[0].ndim - 1)
+    return jnp.stack([a.sum(inner) for a in arrays]).sum(1)
+
+
+def _spread_over_batch(x, *channels):
+    """Each of `[C]` as `[B, 1, ..., C]`; the gradient is `_sum_over_batch`."""
+    shape = (x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1])
+    spread = jnp.broadcast_to(jnp.stack(channels)[:, None], (len(channels), shape[0], shape[-1]))
+    return [one.reshape(shape) for one in spread]

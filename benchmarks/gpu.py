@@ -9,7 +9,8 @@ exactness  of a chain of blocks of two residual functions BN-ReLU-conv3x3-BN-ReL
            error of the reversible gradient against that of jax.checkpoint, which evaluates the same
            function, and against stored activations
 network    the training step of networks of create_model, as revjax.memory has it: its time, memory
-           and the error of its gradient against that of stored activations
+           and the error of its gradient against those of jax.checkpoint and of stored activations;
+           and the loop of train.py around a reversible one, with its augmentation and sums
 
 "float32" multiplies in float32, "tf32" is what JAX does with float32 on such GPUs by default, and
 "bfloat16" has convolutions in bfloat16. Networks are in tf32 and in bfloat16.
@@ -34,7 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,19 +44,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from basic_block import residual
-from flax import nnx
 from gradients import flatten, relative_error, shown_error
-from record import RESULTS, environment
+from record import RESULTS, ROOT, environment
 
 import revjax
+from revjax.data import Dataset
 from revjax.memory.network import abstract_network, training_step, usual_image, ways_of
 from revjax.memory.report import compile_with_report
+from revjax.training.command_line import parse_arguments
 from revjax.training.compiler import compiler_options
+from revjax.training.config import check_config
+from revjax.training.mesh import make_mesh
+from revjax.training.optimizer import learning_rate_schedule, make_optimizer
+from revjax.training.state import abstract_model, draw, initial_state
+from revjax.training.step import make_train_steps, put_on_device
+from revjax.training.votes import cast
 
 STUDIES = ("exactness", "network")
 MODELS = ("revnet38", "revnet110")
 DTYPES = ("tf32", "bfloat16")
-STEPS, TURNS = 20, 5
+STEPS, TURNS = 40, 5
+LOOP = "train.py, reversible, unrolled"
+TINY = dict(depths=[2], images=2, side=8)
 Row = dict[str, Any]
 
 
@@ -142,6 +152,36 @@ def network(model: str, batch: int, dtype: str, backward: str, unroll: bool, kee
         tell(time.perf_counter() - began)
 
 
+def loop(model: str, batch: int, dtype: str) -> None:
+    """The same of the loop of train.py by the recipe for CIFAR-10, on images of noise."""
+    sys.path.insert(0, str(ROOT))  # for what the files of configs/ share
+    flags = [f"--config.model.dtype={'bfloat16' if dtype == 'bfloat16' else 'float32'}"]
+    flags += ["--config.model.unroll=true", f"--config.batch_size={batch}"]
+    arguments: Any = parse_arguments(["", "--config", f"{ROOT}/configs/cifar10_{model}.py", *flags])
+    config = check_config(arguments.config)
+    mesh, optimizer = make_mesh(config), make_optimizer(config.optim)
+    schedule = learning_rate_schedule(config.optim)
+    steps = make_train_steps(config, abstract_model(config), optimizer, schedule, mesh)
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (50_000, 32, 32, 3), np.uint8)
+    labels = random.integers(0, 10, 50_000, np.int32)
+    dataset = Dataset("noise", images, labels, images[:100], labels[:100], 10)
+    data = put_on_device(config.data, dataset, mesh)["train"]
+    state = draw(partial(initial_state, config, optimizer), mesh)
+    indices = random.integers(0, 50_000, (100, batch), np.int32)
+    compiled, report = compile_with_report(
+        steps, state, data, indices, np.int32(0), cast(mesh, False)
+    )
+    state, _ = compiled(state, data, indices, np.int32(2), cast(mesh, False))
+    jax.block_until_ready(state)
+    tell(report._asdict())
+    for line in sys.stdin:
+        began = time.perf_counter()
+        state, _ = compiled(state, data, indices, np.int32(line), cast(mesh, False))
+        jax.block_until_ready(state)
+        tell(time.perf_counter() - began)
+
+
 def drawn(random: np.random.Generator, path: Any, leaf: Any) -> np.ndarray:
     """Numbers for a parameter, as He et al. draw kernels; without a program for each to compile."""
     name = str(path)
@@ -194,55 +234,79 @@ def product_rate(dtype: str) -> float:
     return times * 2 * size**3 / min(seconds)
 
 
-def run(chosen: list[str], models: dict[str, int], smoke: bool) -> Row:
-    """All figures: for each study what it measures, under a label."""
-    figures: Row = {}
-    depths, images, side = ([2], 2, 8) if smoke else ([9, 27, 100], 32, 32)
-    dtypes = ("bfloat16",) if smoke else ("float32", *DTYPES)
-    chains, steps = {}, {}
+def run(chosen: list[str], models: list[tuple[str, int]], depths: list[int]) -> Iterator[Row]:
+    """Figures as they are there: of a study a table, by its title its rows, by their labels."""
+    chains: dict[str, Way] = {}
+    if "exactness" in chosen:
+        spec = dict(depths=depths, images=32, side=32)
+        chains = {dtype: Way("exactness", dtype=dtype, **spec) for dtype in ("float32", *DTYPES)}
     with tempfile.TemporaryDirectory() as folder:
-        if "exactness" in chosen:
-            for dtype in dtypes:
-                spec = dict(dtype=dtype, depths=depths, images=images, side=side)
-                chains[dtype] = Way("exactness", **spec)
-        if "network" in chosen:
-            for model, dtype in itertools.product(models, dtypes[-2:]):
-                for backward, unroll in itertools.product(ways_of(model), (False, True)):
-                    if smoke and (unroll or backward == "remat"):
-                        continue
-                    spec = dict(batch=models[model], dtype=dtype, backward=backward, unroll=unroll)
-                    keep = f"{folder}/{len(steps)}.npy"
-                    way = Way("network", model=model, **spec, keep=keep)
-                    steps[f"{model}, {dtype}", f"{backward}{', unrolled' * unroll}"] = way
-        if chains:
-            figures["exactness"] = {dtype: list(iter(way.hear, None)) for dtype, way in chains.items()}
-        if steps:
-            figures["network"] = side_by_side(steps, smoke)
-    return figures
+        networks = itertools.product(models, DTYPES) if "network" in chosen else ()
+        for (model, batch), dtype in networks:
+            title, ways = f"{model}, batch {batch}, {dtype}", dict[str, Way]()
+            for backward, unroll in itertools.product(ways_of(model), (False, True)):
+                label = backward + ", unrolled" * unroll
+                spec = dict(model=model, batch=batch, dtype=dtype)
+                how = dict(backward=backward, unroll=unroll, keep=f"{folder}/{title}{label}")
+                ways[label] = Way("network", **spec, **how)
+            if (ROOT / f"configs/cifar10_{model}.py").exists() and "reversible" in ways:
+                ways[LOOP] = Way("loop", model=model, batch=batch, dtype=dtype)
+            rows = heard(title, ways)
+            yield from exactness_of(chains)  # before anything is timed
+            chains = {}
+            timed(title, ways, rows, STEPS)
+            yield {"network": {title: rows}}
+    yield from exactness_of(chains)
 
 
-def side_by_side(ways: dict[tuple[str, str], Way], smoke: bool) -> Row:
-    """The training steps' times in turns, beside what the compiler says, and gradient errors."""
-    rows: dict[str, Row] = {}
-    for (title, label), way in ways.items():
-        facts = way.hear()
-        print(f"  {title}: {label}{'' if facts else ': failed'}", file=sys.stderr, flush=True)
-        if facts:
-            rows.setdefault(title, {})[label] = facts | {"seconds": []}
-    for title, label in itertools.chain(*[list(ways)] * (2 if smoke else TURNS)):
-        if label in rows.get(title, {}):
-            row = rows[title][label]
-            row["seconds"].append(ways[title, label].seconds(1 if smoke else STEPS))
-    for title, by_label in rows.items():
-        rate = product_rate(title.split(", ")[1])
-        gradients = {label: np.load(ways[title, label].spec["keep"]) for label in by_label}
-        for label, row in by_label.items():
-            row["floor_seconds"] = row["operations"] / rate
-            for other in ("store", "remat"):  # of the same loops
-                due = gradients.get(label.replace(label.split(",")[0], other))
-                if due is not None:
-                    row[f"error_against_{other}"] = relative_error(gradients[label], due)
-    return rows
+def smoke() -> Iterator[Row]:
+    """The same of little."""
+    yield from exactness_of({"bfloat16": Way("exactness", dtype="bfloat16", **TINY)})
+    title, spec = "revnet38, batch 2, bfloat16", dict(model="revnet38", batch=2, dtype="bfloat16")
+    with tempfile.TemporaryDirectory() as folder:
+        ways = {}
+        for backward in ("remat", "reversible"):
+            how = dict(backward=backward, unroll=False, keep=f"{folder}/{backward}")
+            ways[backward] = Way("network", **spec, **how)
+        rows = heard(title, ways)
+        timed(title, ways, rows, steps=1)
+        yield {"network": {title: rows}}
+
+
+def exactness_of(chains: dict[str, Way]) -> Iterator[Row]:
+    for dtype, way in chains.items():
+        yield {"exactness": {dtype: list(iter(way.hear, None))}}
+
+
+def heard(title: str, ways: dict[str, Way]) -> dict[str, Row]:
+    """What each way says of itself, once it is compiled; nothing of one that has failed."""
+    facts = {}
+    for label, way in ways.items():
+        if said := way.hear():
+            facts[label] = said | {"seconds": []}
+        print(f"  {title}: {label}{'' if said else ': failed'}", file=sys.stderr, flush=True)
+    return facts
+
+
+def timed(title: str, ways: dict[str, Way], rows: dict[str, Row], steps: int) -> None:
+    """Give the rows the times of all ways in turns, and gradient errors; the ways are ended."""
+    for _ in range(TURNS):
+        for label, row in rows.items():
+            row["seconds"].append(ways[label].seconds(steps))
+    rate = product_rate(title.split(", ")[-1])
+    gradients = {
+        label: np.load(f"{ways[label].spec['keep']}.npy")
+        for label in rows
+        if "keep" in ways[label].spec
+    }
+    for label, row in rows.items():
+        row["floor_seconds"] = row["operations"] / rate
+        for other in ("store", "remat"):  # of the same loops
+            due = gradients.get(label.replace(label.split(",")[0], other))
+            if label in gradients and due is not None:
+                row[f"error_against_{other}"] = relative_error(gradients[label], due)
+    for way in ways.values():
+        way.process.kill()
 
 
 # Reporting --------------------------------------------------------------------------------------
@@ -264,7 +328,9 @@ def tables(figures: Row) -> str:
                 f"{row['temporary_bytes'] / 1e6:,.1f}",
                 f"{row['compile_seconds']:.0f}",
                 *(
-                    shown_error(row[f"error_against_{way}"]) if f"error_against_{way}" in row else ""
+                    shown_error(row[f"error_against_{way}"])
+                    if f"error_against_{way}" in row
+                    else ""
                     for way in ("store", "remat")
                 ),
             ]
@@ -293,6 +359,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The ways to a gradient on the GPU at hand.")
     parser.add_argument("studies", nargs="*", default=[], help=", ".join(STUDIES))
     parser.add_argument("--models", default=",".join(MODELS), help="of revjax.list_models()")
+    parser.add_argument("--depths", default="27,100", help="of the chains, in blocks")
     parser.add_argument("--batch", type=int, help="images a step; 100, or 32 of 224x224")
     parser.add_argument("--smoke", action="store_true", help="small, anywhere, nothing recorded")
     parser.add_argument("--json", type=Path, default=RESULTS / "gpu.json")
@@ -300,26 +367,29 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.process:
         study, spec = json.loads(arguments.process)
-        return {"exactness": exactness, "network": network}[study](**spec)
+        return {"exactness": exactness, "network": network, "loop": loop}[study](**spec)
     chosen = arguments.studies or [*STUDIES]
     if unknown := set(chosen) - set(STUDIES):
         parser.error(f"there is no study {', '.join(unknown)}; there are {', '.join(STUDIES)}.")
-    names = ["revnet38"] if arguments.smoke else arguments.models.split(",")
+    names = arguments.models.split(",")
     if unknown := set(names) - set(revjax.list_models()):
         parser.error(f"there is no model {', '.join(unknown)}; see revjax.list_models().")
     if not arguments.smoke and jax.default_backend() != "gpu":
         sys.exit("gpu.py: JAX finds no GPU here; --smoke runs anywhere.")
-    models = {name: arguments.batch or (100, 32)[usual_image(name) > 32] for name in names}
-    figures = run(chosen, dict.fromkeys(names, 2) if arguments.smoke else models, arguments.smoke)
-    print(tables(figures))
-    if arguments.smoke:
-        return
-    record = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-    for study, found in figures.items():
-        record.setdefault(study, {}).update({key: found[key] for key in found})
-    record["environment"] = environment()
-    arguments.json.write_text(json.dumps(record, indent=1) + "\n")
-    arguments.json.with_suffix(".md").write_text(tables(record))
+    usual = {32: 100, 224: 32}  # images a step, by their side
+    models = [(name, arguments.batch or usual[usual_image(name)]) for name in names]
+    depths = [int(depth) for depth in arguments.depths.split(",")]
+    record = {}
+    if arguments.json.exists() and not arguments.smoke:
+        record = json.loads(arguments.json.read_text())
+    for found in smoke() if arguments.smoke else run(chosen, models, depths):
+        for study, rows in found.items():
+            record.setdefault(study, {}).update(rows)
+        print(tables(found), flush=True)
+        if not arguments.smoke:
+            record["environment"] = environment()
+            arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+            arguments.json.with_suffix(".md").write_text(tables(record))
 
 
 if __name__ == "__main__":

@@ -44,28 +44,13 @@ class BatchNorm(nnx.BatchNorm):
     def __call__(self, x: jax.Array) -> jax.Array:
         mean, variance = self.mean[...], self.var[...]
         if not self.use_running_average:
-            mean, squares = _sum_over_batch(x, x * x) / (x.size // x.shape[-1])
-            variance = jnp.maximum(squares - mean * mean, 0)  # rounding may leave less
+            batch = range(x.ndim - 1)
+            mean = x.mean(batch)
+            variance = jnp.maximum((x * x).mean(batch) - mean * mean, 0)  # rounding may leave less
             for average, new in ((self.mean, mean), (self.var, variance)):
                 moved = self.momentum * average[...] + (1 - self.momentum) * new
                 average[...] = jax.lax.stop_gradient(moved)
         factor = self.scale[...] * jax.lax.rsqrt(variance + self.epsilon)
         offset = self.bias[...] - mean * factor
-        factor, offset = _spread_over_batch(x, factor, offset)
-        return x * factor + offset
-
-
-def _sum_over_batch(*arrays):
-    """The sums of `[B, ..., C]` over all axes but the last, `[len(arrays), C]`.
-
-    The sums over B are one sum, so that a GPU has one small kernel to launch instead of two.
-    """
-    inner = range(1, arrays[0].ndim - 1)
-    return jnp.stack([a.sum(inner) for a in arrays]).sum(1)
-
-
-def _spread_over_batch(x, *channels):
-    """Each of `[C]` as `[B, 1, ..., C]`; the gradient is `_sum_over_batch`."""
-    shape = (x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1])
-    spread = jnp.broadcast_to(jnp.stack(channels)[:, None], (len(channels), shape[0], shape[-1]))
-    return [one.reshape(shape) for one in spread]
+        channels = (1,) * (x.ndim - 1) + factor.shape
+        return x * factor.reshape(channels) + offset.reshape(channels)

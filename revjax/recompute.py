@@ -10,6 +10,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from revjax.trees import PyTree, merge, partition, vary_as, vjp
 
@@ -44,6 +46,30 @@ def _branch(x, dependency):
     return jax.lax.cond(holds, lambda x: x, zeros, x)
 
 
+def apart(x: PyTree) -> PyTree:
+    """Return x, bit for bit, as values that are in memory before anything is computed with them.
+
+    A GPU's compiler sums values up in one order as it computes them, and in another as it reads
+    them; and of the two evaluations of a residual function only one has its input in memory. On a
+    CPU, where a sum has one order, nothing is done. Nor is anything done to the cotangent.
+    """
+    floating, others = partition(x)
+    return merge(jax.tree.map(_apart_p.bind, floating), others)
+
+
+_apart_p = Primitive("apart")
+_apart_p.def_impl(lambda x: x)
+_apart_p.def_abstract_eval(lambda x: x)
+ad.primitive_jvps[_apart_p] = lambda primals, tangents: (_apart_p.bind(*primals), *tangents)
+batching.primitive_batchers[_apart_p] = lambda args, axes: (_apart_p.bind(*args), *axes)
+mlir.register_lowering(
+    _apart_p, mlir.lower_fun(jax.lax.optimization_barrier, multiple_results=False)
+)
+mlir.register_lowering(
+    _apart_p, mlir.lower_fun(lambda x: x, multiple_results=False), platform="cpu"
+)
+
+
 def checkpoint_step(step: Callable, depth: int, unroll: int | bool) -> Callable:
     """`jax.checkpoint(step)`, for a `lax.scan` of that length and unroll.
 
@@ -62,7 +88,8 @@ def recompute(fun: Callable, x: PyTree, *operands: PyTree) -> tuple[PyTree, PyTr
     """
 
     def forward(floating, others):
-        return fun(*merge(floating, others))
+        x, *operands = merge(floating, others)
+        return fun(apart(x), *operands)
 
     def backward(saved, cotangents):
         x, *operands = saved

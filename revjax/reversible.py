@@ -27,7 +27,7 @@ from revjax.contract import Gates, check_backward, check_function, check_pair, c
 from revjax.coupling import Coupling, additive
 from revjax.gate import run_if
 from revjax.grid import GridBits, stream_bound, stream_peak
-from revjax.recompute import after, checkpoint_step, recompute
+from revjax.recompute import after, apart, checkpoint_step, recompute
 from revjax.segments import close, lay_out
 from revjax.trees import PyTree, add, is_inexact, merge, partition, vjp
 
@@ -290,8 +290,8 @@ def _backward(block, y, dy, params, xs, shared):
 def _do(h, coupling, gate, x, *operands):
     """`combine(x, residual)`, and h's aux; where the gate is closed, x and zeros."""
 
-    def run(x, *operands):
-        residual, aux = h(*operands)
+    def run(x, params, half, *operands):
+        residual, aux = h(params, apart(half), *operands)
         return coupling.combine(x, residual), aux
 
     return run_if(gate, run, lambda zeros, x, *_: (x, zeros[1]), x, *operands)
@@ -305,7 +305,7 @@ def _undo(h, coupling, gate, y, dy, dhalf, params, half, *operands):
     """
 
     def run(y, dy, dhalf, params, half, *operands):
-        operands = params, half, *operands
+        operands = params, apart(half), *operands
         (residual, _), h_vjp = vjp(lambda *ops: (h(*ops)[0], ops[1]), *operands)
         x = coupling.separate(y, residual)
         _, combine_vjp = vjp(coupling.combine, x, residual)

@@ -35,5 +35,5 @@ def compiler_options(platform: str) -> dict[str, str]:
         return {}
     return {
         "xla_gpu_enable_command_buffer": ",".join(_IN_GRAPHS),
-        "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+        "xla_gpu_command_buffer_scheduling_mode": "LHS",
     }

@@ -53,7 +53,7 @@ def make_mesh(config: Config) -> Mesh:
 
 
 def platform_of(mesh: Mesh) -> str:
-    """"cpu", "gpu" or "tpu"."""
+    """ "cpu", "gpu" or "tpu"."""
     return mesh.devices.flat[0].platform
 
 

@@ -27,6 +27,7 @@ from revjax import (
     rev_chain_inverse,
 )
 from revjax.conv import conv
+from revjax.layers import rounded
 from revjax.stochastic_depth import apply_gated
 
 compiled = partial(jax.jit, compiler_options=COMPILE_FAST)
@@ -228,11 +229,12 @@ def test_wrong_gates_are_refused_in_a_sentence(params, gates, error, sentence):
 
 
 def conv_block(params, x, compute):
-    """BN-ReLU-conv3x3, the convolution in the dtype `compute`."""
+    """BN-ReLU-conv3x3, the convolution in the dtype `compute`, rounded as docs/numerics.md says."""
     scale, kernel = params
     mean, var = x.mean((0, 1, 2), keepdims=True), x.var((0, 1, 2), keepdims=True)
     x = jax.nn.relu((x - mean) * jax.lax.rsqrt(var + 1e-3) * scale)
-    return conv(x.astype(compute), kernel.astype(compute)).astype(mean.dtype)
+    x, kernel = (rounded(a, compute).astype(compute) for a in (x, kernel))
+    return rounded(conv(x, kernel).astype(mean.dtype), compute)
 
 
 def conv_chain(depth, channels=4):
@@ -258,12 +260,14 @@ def test_on_the_grid_gradients_and_inverse_are_exact(compute, tolerance):
 
     @compiled
     def steps(params, x, gates):
-        ways = [jax.grad(partial(loss, backward=b), (0, 1), has_aux=True) for b in BACKWARDS[::2]]
-        (got, y), (due, _) = (step(params, x, gates) for step in ways)
-        return got, due, y, rev_chain_inverse(h, h, params, y, gates=tuple(gates))
+        ways = [jax.grad(partial(loss, backward=b), (0, 1), has_aux=True) for b in BACKWARDS]
+        found, ys = zip(*(step(params, x, gates) for step in ways), strict=True)
+        return found, ys[0], rev_chain_inverse(h, h, params, ys[0], gates=tuple(gates))
 
-    got, due, y, back = steps(params, x, gates)
-    assert relative_error(got, due) <= tolerance
+    (got, remat, due), y, back = steps(params, x, gates)
+    of_compiler = relative_error(remat, due)  # see gradient_errors of test_reversible.py
+    assert relative_error(got, due) <= max(tolerance, 2 * of_compiler)
+    assert of_compiler < 0.05
     chex.assert_trees_all_equal(back, revjax.round_to_grid(x, 14))
     assert relative_error(y, x) > 0.1
 

@@ -54,7 +54,7 @@ def test_bytes():
 
 
 def test_forms_of_other_compilers():
-    """Of a TPU's: a length that is said, and operations that are begun here and done there."""
+    """Of a TPU's: lengths that are said, and operations that begin here, go on and end there."""
     length = 'backend_config={"known_trip_count":{"n":"6"}}'
     text = """HloModule jit_f
 
@@ -64,6 +64,7 @@ def test_forms_of_other_compilers():
 
 %body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %r = (f32[8]{0:T(256)}, bf16[1,2]{1,0:T(2,128)(2,1)S(1)}) all-reduce-start(%x, %y), to_apply=%add
+  %f = f32[8]{0} fusion(%x), kind=kCustom, calls=%goes_on
   ROOT %d = (f32[8]{0}, bf16[1,2]{1,0}) all-reduce-done(%r)
 }
 
@@ -72,7 +73,11 @@ def test_forms_of_other_compilers():
 }
 
 %fused (p: f32[4]) -> f32[8] {
-  ROOT %g = (f32[4]{0}, f32[8]{0}) all-gather-start(%p), dimensions={0}
+  ROOT %g = (f32[4]{0}, f32[8]{0}) all-gather-start(%p), channel_id=2, dimensions={0}
+}
+
+%goes_on (p: f32[4]) -> f32[8] {
+  ROOT %h = f32[8]{0} all-gather(%p), channel_id=2, dimensions={0}
 }
 
 ENTRY %main (x: f32[4]) -> f32[8] {

@@ -10,9 +10,13 @@ BITS = re.compile(r"[a-z]+(\d+)")
 
 # A computation begins at the margin, its instructions are indented.
 COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \(.*?^}", re.MULTILINE | re.DOTALL)
-COLLECTIVE = re.compile(rf"^ +(?:ROOT )?%\S+ = (.*?) ({'|'.join(KINDS)})(-start)?\(", re.MULTILINE)
+COLLECTIVE = re.compile(
+    rf"^ +(?:ROOT )?%\S+ = (.*?) ({'|'.join(KINDS)})(-start)?\((.*)$", re.MULTILINE
+)
+CHANNEL = re.compile(r"channel_id=(\d+)")
 LOOP = re.compile(r"^.* while\(.*condition=%([^\s,]+), body=%([^\s,]+).*$", re.MULTILINE)
-CALLED = re.compile(r"(?:calls|to_apply|(?:true|false)_computation)=%([^\s,})]+)")
+APPLIED = re.compile(r"(?:to_apply|(?:true|false)_computation)=%([^\s,})]+)")
+FUSED = re.compile(r"calls=%([^\s,})]+)")
 BRANCHES = re.compile(r"branch_computations=\{(.*?)\}")
 LENGTH = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
@@ -46,7 +50,8 @@ def read_collectives(text: str) -> list[Collective]:
     """The collectives of a program.
 
     A loop counts with its length where the program tells it, and else once; of a conditional every
-    branch counts.
+    branch counts. What a TPU does beside its arithmetic stands in several fusions, where it begins,
+    goes on, inside of loops perhaps, and ends; it counts where it stands in the fewest loops.
 
     Args:
         text: of the optimised program, as `compiled.as_text()` returns it.
@@ -56,10 +61,11 @@ def read_collectives(text: str) -> list[Collective]:
         bodies[found[2]] = found[0]
         entry = found[2] if found[1] else entry
     collectives: list[Collective] = []
+    fused: dict[tuple[str, str], Collective] = {}  # by kind and channel
 
-    def visit(name: str, times: int) -> None:
+    def visit(name: str, times: int, fusion: bool) -> None:
         body = bodies.get(name, "")
-        for result, kind, started in COLLECTIVE.findall(body):
+        for result, kind, started, rest in COLLECTIVE.findall(body):
             arrays = tuple(
                 Array(dtype, tuple(map(int, filter(None, shape.split(",")))))
                 for dtype, shape in ARRAY.findall(re.sub(r"\{.*?\}", "", result))
@@ -67,17 +73,25 @@ def read_collectives(text: str) -> list[Collective]:
             if started and kind != "all-reduce":  # operands, results, contexts
                 arrays = tuple(array for array in arrays if array != CONTEXT)
                 arrays = arrays[len(arrays) // 2 :]
-            collectives.append(Collective(kind, arrays, times))
+            collective = Collective(kind, arrays, times)
+            channel = CHANNEL.search(rest)
+            if fusion and channel:
+                known = fused.setdefault((kind, channel[1]), collective)
+                fused[kind, channel[1]] = min(known, collective, key=lambda one: one.times)
+            else:
+                collectives.append(collective)
         for loop in LOOP.finditer(body):
-            visit(loop[2], times * _length(loop[0], bodies.get(loop[1], "")))
-        for called in CALLED.findall(body):
-            visit(called, times)
+            visit(loop[2], times * _length(loop[0], bodies.get(loop[1], "")), fusion)
+        for called in APPLIED.findall(body):
+            visit(called, times, fusion)
+        for called in FUSED.findall(body):
+            visit(called, times, True)
         for branches in BRANCHES.findall(body):
             for branch in branches.replace("%", "").split(", "):
-                visit(branch, times)
+                visit(branch, times, fusion)
 
-    visit(entry, 1)
-    return collectives
+    visit(entry, 1, False)
+    return [*collectives, *fused.values()]
 
 
 def _length(loop: str, condition: str) -> int:

@@ -9,7 +9,8 @@ Parameters that are split are joined for a step, all at once, and their gradient
 is kept between steps takes less memory, and activations never leave their device.
 
 The axes are automatic: the compiler divides the programs, which are those of one device, and adds
-what has to be exchanged. So a result depends on the layout by the order of float32 sums alone.
+what has to be exchanged. So a result depends on the layout by the order of float32 sums alone; or,
+of a model that computes in bfloat16, by how the parts of its kernels' gradients are rounded, too.
 """
 
 from collections.abc import Callable, Sequence

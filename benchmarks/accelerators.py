@@ -10,8 +10,8 @@ Programs are compiled and not run. What the file of figures has is not compiled 
 interrupted run goes on: delete the file to begin anew. A program for an H100 takes one to three
 minutes on 2 cores, one for a TPU four to twelve.
 
---largest SIZE finds the largest batch of which the step fits, a multiple of 8, to 4%, by two or
-three programs, compiled with little effort (JAX_OPTIMIZATION_LEVEL=O1) in a fraction of the time.
+--largest SIZE finds the largest batch of which the step fits, a multiple of 128 or 8, to 4%, by one
+to four programs, compiled with little effort (JAX_OPTIMIZATION_LEVEL=O1) in a fraction of the time.
 """
 
 import argparse
@@ -133,22 +133,25 @@ def image_gradient(network: Network, batch: int, image: int) -> Compilable:
 def largest(
     case: Case, topology: str, available: int, figures: dict[str, Any]
 ) -> tuple[int, dict[int, float | None]]:
-    """The largest batch of a case that fits, to a twenty-fifth, and peaks by batch.
+    """The largest batch of a case that fits, to 4% or to what is tried, and peaks by batch.
 
-    A peak is nearly affine in the batch, so few programs are compiled: for batches that are
-    multiples of 8, the first where the figures that there are say that it about fits.
+    A peak is nearly affine in the batch, so few programs are compiled, the first for a batch that
+    about fits by the figures that there are. A TPU pads large batches to multiples of 128: only
+    those are tried, or multiples of 8 where fewer than 1,024 images fit.
     """
     peaks: dict[int, float | None] = {}  # None: refused
+    guess = guess_batch(case, available, figures)
+    unit = 128 if guess >= 1024 else 8
 
-    def peak_bytes(eighth: int) -> float:
-        batch = 8 * eighth
+    def peak_bytes(units: int) -> float:
+        batch = unit * units
         peak = report_of(case._replace(batch=batch), topology).peak_bytes
         print(f"    batch {batch}: {peak}", flush=True)
         peaks[batch] = peak if peak < math.inf else None
         return peak
 
-    guess = max(1, guess_batch(case, available, figures) // 8)
-    return 8 * largest_batch(peak_bytes, available, {guess: peak_bytes(guess)}, 0.04), peaks
+    first = max(1, guess // unit)
+    return unit * largest_batch(peak_bytes, available, {first: peak_bytes(first)}, 0.04), peaks
 
 
 def guess_batch(case: Case, available: int, figures: dict[str, Any]) -> int:

@@ -5,12 +5,13 @@ Hardware:  a CPU; the compilers are in the extras cuda13 and tpu-aot
 Figures:   benchmarks/results/h100.json and v5e.json, and .md, told in docs/performance.md
 
 The training step of `revjax.memory` by each way to the gradient; "unrolled" is without a loop
-over the units of a stage. Programs are compiled and not run. What the file of figures has is not
-compiled again, so an interrupted run goes on: delete the file to begin anew. A program for an H100
-takes one to three minutes on 2 cores, one for a TPU four to twelve.
+over the units of a stage, "by images" is no step, but the loss's gradient by the images alone.
+Programs are compiled and not run. What the file of figures has is not compiled again, so an
+interrupted run goes on: delete the file to begin anew. A program for an H100 takes one to three
+minutes on 2 cores, one for a TPU four to twelve.
 
---largest SIZE finds the largest batch of which the step fits, compiled with the least effort
-(JAX_OPTIMIZATION_LEVEL=O1), in a tenth of the time for a TPU and more memory: more fits than said.
+--largest SIZE finds the largest batch of which the step fits, a multiple of 128 or 8, to 4%, by one
+to four programs, compiled with little effort (JAX_OPTIMIZATION_LEVEL=O1) in a fraction of the time.
 """
 
 import argparse
@@ -21,10 +22,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import optax
+from flax import nnx
 from record import RESULTS, environment
 
 from revjax.memory.__main__ import parse_bytes, reported
 from revjax.memory.network import (
+    Compilable,
+    Network,
     abstract_network,
     largest_batch,
     training_step,
@@ -47,16 +52,28 @@ class Case(NamedTuple):
     way: str
     unroll: bool = False
     times_deeper: int = 1
+    of_images: bool = False  # not a step: the loss's gradient by the images, and by nothing else
 
     def __str__(self) -> str:
         side = usual_image(self.model)
         deeper = f" with {self.times_deeper} times its units" if self.times_deeper > 1 else ""
-        way = f"{self.way}, unrolled" if self.unroll else self.way
+        way = self.way + ", unrolled" * self.unroll + ", by images" * self.of_images
         return f"{self.model}{deeper}, batch {self.batch}, {side}x{side}, {self.dtype}: {way}"
 
 
 def ways(model: str, batch: int, dtype: str, **options: Any) -> list[Case]:
     return [Case(model, batch, dtype, way, **options) for way in ways_of(model)]
+
+
+DEEPER = (1, 2, 4)  # times the units of revnet110, which has 9 a stage
+
+
+def growth(**options: Any) -> list[Case]:
+    """The reversible step at several depths."""
+    return [
+        Case("revnet110", 100, "float32", "reversible", times_deeper=times, **options)
+        for times in DEEPER
+    ]
 
 
 CASES = {
@@ -65,6 +82,8 @@ CASES = {
         Case("revnet110", 100, "float32", "store", unroll=True),
         Case("revnet110", 100, "float32", "remat", unroll=True),
         *ways("revnet110", 100, "float32", times_deeper=4),
+        *growth(),
+        *growth(of_images=True),
         *ways("revnet110", 100, "bfloat16"),
         *ways("revnet104", 32, "float32"),
         *ways("resnet101", 32, "float32"),
@@ -94,25 +113,62 @@ def report_of(case: Case, topology: str) -> MemoryReport:
         times_deeper=case.times_deeper,
         unroll=case.unroll or 1,
     )
-    step, arguments = training_step(network, case.batch, usual_image(case.model))
+    compilable = image_gradient if case.of_images else training_step
+    step, arguments = compilable(network, case.batch, usual_image(case.model))
     return reported(step, *arguments, topology=topology)
 
 
-def largest(case: Case, topology: str, available: int) -> int:
-    """The largest batch of a case that fits."""
+def image_gradient(network: Network, batch: int, image: int) -> Compilable:
+    """The gradient of the loss by the images: what the rule needs where no parameter has one."""
+    _, (_, images, labels) = training_step(network, batch, image)
+    graph, params, variables = nnx.split(network, nnx.Param, ...)
 
-    def peak_bytes(batch: int) -> float:
+    def loss(images, params, variables, labels):
+        logits = nnx.merge(graph, params, variables, copy=True)(images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    return jax.jit(jax.grad(loss)), (images, params, variables, labels)
+
+
+def largest(
+    case: Case, topology: str, available: int, figures: dict[str, Any]
+) -> tuple[int, dict[int, float | None]]:
+    """The largest batch of a case that fits, to 4% or to what is tried, and peaks by batch.
+
+    A peak is nearly affine in the batch, so few programs are compiled, the first for a batch that
+    about fits by the figures that there are. A TPU pads large batches to multiples of 128: only
+    those are tried, or multiples of 8 where fewer than 1,024 images fit.
+    """
+    peaks: dict[int, float | None] = {}  # None: refused
+    guess = guess_batch(case, available, figures)
+    unit = 128 if guess >= 1024 else 8
+
+    def peak_bytes(units: int) -> float:
+        batch = unit * units
         peak = report_of(case._replace(batch=batch), topology).peak_bytes
         print(f"    batch {batch}: {peak}", flush=True)
+        peaks[batch] = peak if peak < math.inf else None
         return peak
 
-    return largest_batch(peak_bytes, available, {case.batch: peak_bytes(case.batch)})
+    first = max(1, guess // unit)
+    return unit * largest_batch(peak_bytes, available, {first: peak_bytes(first)}, 0.04), peaks
+
+
+def guess_batch(case: Case, available: int, figures: dict[str, Any]) -> int:
+    """The batch that fits if temporaries grow with it from the largest that is in the figures."""
+    for batch in sorted({other.batch for others in CASES.values() for other in others})[::-1]:
+        row = figures.get(str(case._replace(batch=batch)), {})
+        if row.get("fits"):
+            return int(batch * (available - row["argument_bytes"]) / row["temporary_bytes"])
+    return case.batch
 
 
 def tables(figures: dict[str, Any]) -> str:
     """The figures in Markdown: what is compiled by what is kept for the gradient."""
     cells: dict[str, dict[str, str]] = {}
     for label, row in figures.items():
+        if label.endswith(", by images"):
+            continue
         step, way = label.split(": ")
         way, *unrolled = way.split(", ")
         cell = "does not fit"
@@ -130,7 +186,35 @@ def tables(figures: dict[str, Any]) -> str:
             if ("largest" in step) == largest:
                 lines.append(f"| {step} | {' | '.join(row.get(way, '') for way in WAYS)} |")
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, *growth_table(figures)])
+
+
+def growth_table(figures: dict[str, Any]) -> list[str]:
+    """What depth adds to the reversible step, beside the gradients that wait for the optimiser."""
+    lines = [
+        "| units a stage of revnet110, batch 100, float32 | temporary MB of the step "
+        "| gradients, MB | temporary less gradients | temporary of the gradient by images |",
+        "|---|---|---|---|---|",
+    ]
+    for case in growth():
+        labels = str(case), f"{case}, by images"
+        if not all(label in figures for label in labels):
+            return []
+        step, by_images = (figures[label]["temporary_bytes"] for label in labels)
+        gradients = parameter_bytes(case)
+        sizes = step, gradients, step - gradients, by_images
+        cells = [f"{size / 1e6:,.1f}" for size in sizes]
+        lines.append(f"| {9 * case.times_deeper} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def parameter_bytes(case: Case) -> int:
+    """Of the parameters of a network, and so of their gradients."""
+    network = abstract_network(
+        case.model, case.way, case.dtype, num_classes=10, times_deeper=case.times_deeper
+    )
+    leaves = jax.tree.leaves(nnx.state(network, nnx.Param))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def main() -> None:
@@ -163,7 +247,8 @@ def main() -> None:
             continue
         print(label, flush=True)
         if arguments.largest:
-            row = {"largest_batch": largest(case, topology, arguments.largest)}
+            batch, peaks = largest(case, topology, arguments.largest, figures)
+            row = {"largest_batch": batch, "peak_bytes": peaks}
         else:
             report = report_of(case, topology)
             fits = report.peak_bytes < math.inf

@@ -1,5 +1,6 @@
 """The benchmarks run, in their smallest form, and leave the recorded figures alone."""
 
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -7,11 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import revjax
 from revjax.data import DataError
+from revjax.memory.collectives import Array, Collective
 from revjax.training.errors import TrainingError
+from revjax.training.mesh import split_over_fsdp
 
 ROOT = Path(revjax.__file__).parent.parent
 
@@ -72,6 +76,44 @@ def test_throughput_fails_with_a_sentence(error, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["throughput.py"])
     with pytest.raises(SystemExit, match=r"^throughput\.py: the run went wrong\.$"):
         throughput.main()
+
+
+def test_what_a_pod_moves(monkeypatch):
+    """Each split parameter once, the gradient of each kernel once, and no activation."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    pod = importlib.import_module("pod")
+    config = pod.config_of("revnet104", "reversible", 44, 2)
+    small = dict(name="revnet", units=(3,), filters=(16, 32), bottleneck=False)
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, image_size=16),
+        model=dataclasses.replace(config.model, **small),
+    )
+    chips = tuple(jax.devices())
+    row = pod.row_of(config, chips)
+
+    mesh = pod.make_mesh(config, chips)
+    params = pod.abstract_program(config, mesh)[1].params
+    kernels = split = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        kernels += leaf.size * ("kernel" in jax.tree_util.keystr(path))
+        split += leaf.size * (not split_over_fsdp(mesh, leaf).is_fully_replicated)
+    moved = {group: figures["bytes"] // 4 for group, figures in row["moved"].items()}  # float32
+    assert moved[f"{pod.PARAMETERS} (all-gather, f32)"] == split
+    assert moved[f"{pod.KERNELS} (all-reduce, f32)"] == 2 * kernels
+    assert {group.split(" (")[0] for group in moved} == {
+        pod.PARAMETERS,
+        pod.KERNELS,
+        pod.CHANNELS,
+        pod.NUMBERS,
+    }
+    assert row["collectives"].keys() == {"all-gather", "all-reduce"}
+    activation = Collective("all-gather", (Array("bf16", (44, 16, 16, 16)),), 3)
+    found = pod.moved([activation], pod.abstract_program(config, mesh)[1], mesh)
+    assert found == {f"{pod.OTHERS} (all-gather, bf16)": {"arrays": 3, "bytes": 1_081_344}}
+    table = pod.tables({"net, a pod: remat": row, "net, a pod: store": {**row, "moved": found}})
+    assert "| net, a pod | store | remat |" in table
+    assert f"| {pod.OTHERS} (all-gather, bf16): MB a chip sends | 1.081 |  |" in table
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")

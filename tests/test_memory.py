@@ -189,6 +189,18 @@ def test_largest_batch_where_the_compiler_refuses():
         assert 980 <= largest_batch(peak, 10**9, known) <= 1000
 
 
+def test_one_more_program_says_the_largest_batch():
+    """To 4%, if the peak at a good guess is known, and what is there at every batch is not much."""
+    asked = []
+
+    def peak(batch):
+        asked.append(batch)
+        return 50 + 20 * batch
+
+    assert 4_700 <= largest_batch(peak, 10**5, {3_000: 60_050}, tolerance=0.04) <= 4_998
+    assert len(asked) == 1
+
+
 def test_no_argument_for_a_topology():
     with pytest.raises(ValueError, match="topology='cpu': the device goes with the arguments"):
         memory_report(lambda: jnp.zeros(3), topology="cpu")

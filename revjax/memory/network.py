@@ -126,9 +126,12 @@ def stage_gradients(network: Network, batch: int, image: int) -> Iterator[Compil
 
 
 def largest_batch(
-    peak_bytes: Callable[[int], float], available: int, known: Mapping[int, float] | None = None
+    peak_bytes: Callable[[int], float],
+    available: int,
+    known: Mapping[int, float] | None = None,
+    tolerance: float = 0.01,
 ) -> int:
-    """The largest batch whose peak is at most `available` bytes, to 1%; 0 if not even 1 fits.
+    """The largest batch whose peak is at most `available` bytes; 0 if not even 1 fits.
 
     Args:
         peak_bytes: of a batch. Each call may compile a program, so it is asked few times: it is
@@ -136,19 +139,23 @@ def largest_batch(
             Infinite where it is too large to say.
         available: bytes.
         known: peaks by batch, if some are.
+        tolerance: the batch is good enough where its peak is that near to `available`, or a batch
+            that much larger is known not to fit.
     """
     peaks = {0: 0.0, **(known or {1: peak_bytes(1)})}
     while True:
         fits = max(batch for batch, peak in peaks.items() if peak <= available)
         too_large = min((batch for batch, peak in peaks.items() if peak > available), default=None)
-        tolerance = max(1, fits // 100)
-        if too_large is not None and too_large - fits <= tolerance:
+        step = max(1, int(tolerance * fits))
+        near = peaks[fits] >= (1 - tolerance) * available and fits > 0
+        if near or (too_large is not None and too_large - fits <= step):
             return fits
         finite = [batch for batch, peak in peaks.items() if peak < math.inf]
         if len(finite) > 1:
-            a, b = sorted(finite, key=lambda batch: abs(peaks[batch] - available))[:2]
+            aim = (1 - tolerance / 2) * available
+            a, b = sorted(finite, key=lambda batch: abs(peaks[batch] - aim))[:2]
             slope = max((peaks[b] - peaks[a]) / (b - a), 1)
-            batch = max(int(a + (available - peaks[a]) / slope), fits + tolerance)
+            batch = max(int(a + (aim - peaks[a]) / slope), fits + step)
         else:
             batch = 1 if too_large is None else too_large // 2
         if too_large is None:

@@ -63,7 +63,7 @@ def find_device(topology: str) -> Any:
     if topology == "h100":
         return _describe_gpu(H100)
     if ":" in topology:
-        return _describe_tpu(topology)
+        return find_chips(topology)[0]
     raise ValueError(
         f'topology={topology!r}: give "cpu", "gpu" or "tpu" for a backend of this process, "h100", '
         'or a topology of TPUs such as "v5e:2x2".'
@@ -87,7 +87,16 @@ def _describe_gpu(description: str) -> Any:
         ) from error
 
 
-def _describe_tpu(name: str) -> Any:
+@functools.cache
+def find_chips(name: str) -> tuple[Any, ...]:
+    """Return all chips of a topology of TPUs, to lay a mesh on: 256 of "v5e:16x16".
+
+    Args:
+        name: as libtpu names it.
+
+    Raises:
+        ValueError, RuntimeError: as `find_device` does.
+    """
     if importlib.util.find_spec("libtpu") is None:
         raise RuntimeError(
             f"to compile for {name}, install the compiler for TPUs: "
@@ -98,7 +107,7 @@ def _describe_tpu(name: str) -> Any:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     try:
-        return topologies.get_topology_desc(name, platform="tpu").devices[0]
+        return tuple(topologies.get_topology_desc(name, platform="tpu").devices)
     except Exception as error:  # libtpu's own, of no common class
         if "lockfile" in str(error):
             raise RuntimeError(

@@ -9,10 +9,11 @@ Parameters that are split are joined for a step, all at once, and their gradient
 is kept between steps takes less memory, and activations never leave their device.
 
 The axes are automatic: the compiler divides the programs, which are those of one device, and adds
-what has to be exchanged. So a result depends on the layout by the order of float32 sums alone.
+what has to be exchanged. So a result depends on the layout by the order of float32 sums alone; or,
+of a model that computes in bfloat16, by how the parts of its kernels' gradients are rounded, too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,13 +27,19 @@ BATCH_AXES = ("data", "fsdp")
 SMALL = 1024  # elements of a leaf that is not worth splitting
 
 
-def make_mesh(config: Config) -> Mesh:
+def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of a config, of all devices of all processes, or of some of a single process.
+
+    Args:
+        config: how many devices there are along each axis, and the batch that they share.
+        devices: those there are to choose from, described ones to compile for, for instance;
+            None: those of all processes.
 
     Raises:
         ConfigError: there are not as many devices, or the batch cannot be split evenly.
     """
-    devices, data, fsdp = jax.devices(), config.mesh.data, config.mesh.fsdp
+    devices = jax.devices() if devices is None else devices
+    data, fsdp = config.mesh.data, config.mesh.fsdp
     if data == -1:
         data = max(len(devices) // fsdp, 1)
     number, there = data * fsdp, f"there are {len(devices)} devices"

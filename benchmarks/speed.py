@@ -398,7 +398,8 @@ def main() -> None:
     record = {title: record[title] for title in order}
     path.write_text(json.dumps(record, indent=2) + "\n")
     path.with_suffix(".md").write_text("\n".join(table(*item) for item in record.items()))
-    draw(record, path.with_suffix(".png"))
+    if any(study["depth"] for study in record.values()):
+        draw(record, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

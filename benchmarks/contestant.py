@@ -9,6 +9,7 @@ options of another way, it answers with the relative error of its gradient again
 # Calls with options chosen at run time, which no type checker can follow; PyTorch is in an extra.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportMissingImports=false
 
+import ctypes
 import json
 import resource
 import sys
@@ -24,14 +25,24 @@ Made = tuple[Callable[[], Any], dict[str, Any]]  # a step that waits for its res
 
 
 def jax_chain(
-    depth: int, batch: int, side: int, channels: int, dtype: str | None = None, **options: Any
+    depth: int,
+    batch: int,
+    side: int,
+    channels: int,
+    dtype: str | None = None,
+    dear: bool = False,
+    **options: Any,
 ) -> Made:
-    """The gradient of a chain of `rev_chain_apply` by its parameters and its input."""
+    """The gradient of a chain of `rev_chain_apply` by its parameters and its input.
+
+    With dear, each residual function keeps what `revjax.gate.keep_dear` says.
+    """
     import jax
     import jax.numpy as jnp
     from basic_block import residual
 
     import revjax
+    from revjax.gate import keep_dear
     from revjax.memory.report import compile_with_report
 
     keys = iter(jax.random.split(jax.random.key(0), 8))
@@ -45,6 +56,7 @@ def jax_chain(
     x = tuple(jax.random.normal(next(keys), (2, batch, side, side, channels)))
 
     f = partial(residual, dtype=dtype)
+    f = keep_dear(f) if dear else f
 
     def loss(params, x):
         y1, y2 = revjax.rev_chain_apply(f, f, params, x, **options)
@@ -55,8 +67,8 @@ def jax_chain(
     return lambda: jax.block_until_ready(compiled(params, x)), report._asdict()
 
 
-def jax_network(name: str, batch: int, side: int, **options: Any) -> Made:
-    """The training step of a network of `create_model`."""
+def jax_network(name: str, batch: int, side: int, dear: bool = False, **options: Any) -> Made:
+    """The training step of a network of `create_model`; dear is as for `jax_chain`."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -65,21 +77,42 @@ def jax_network(name: str, batch: int, side: int, **options: Any) -> Made:
     from revjax.memory.network import training_step
     from revjax.memory.report import compile_with_report
 
-    network = revjax.create_model(name, 10, rngs=nnx.Rngs(0), **options)
-    function, (abstract, images, labels) = training_step(network, batch, side)
-    _, params, variables = nnx.split(network, nnx.Param, ...)
-    del network  # its arrays are donated
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract[2])
-    images = jax.random.normal(jax.random.key(1), images.shape)
+    if dear:
+        let_stages_keep_dear()
+
+    def make():
+        return revjax.create_model(name, 10, rngs=nnx.Rngs(0), **options)
+
+    # The program before the numbers, so that what it takes to compile is not held beside them.
+    function, arguments = training_step(nnx.eval_shape(make), batch, side)
+    compiled, report = compile_with_report(function, *arguments)
+    return_freed()
+    _, params, variables = nnx.split(make(), nnx.Param, ...)
+    momentum = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), arguments[0][2])
+    state = [jax.block_until_ready((params, variables, momentum))]
+    del params, variables, momentum  # donated
+    images = jax.random.normal(jax.random.key(1), arguments[1].shape)
     labels = jnp.arange(batch, dtype=jnp.int32) % 10
-    compiled, report = compile_with_report(function, (params, variables, zeros), images, labels)
-    state = [(params, variables, zeros)]
-    del params, variables, zeros
+    return_freed()
 
     def step():
         state[0] = jax.block_until_ready(compiled(state[0], images, labels))
 
     return step, report._asdict()
+
+
+def let_stages_keep_dear() -> None:
+    """Have the residual functions of all stages that this process makes under `keep_dear`."""
+    import revjax.stage
+    from revjax.gate import keep_dear
+
+    pure = revjax.stage.pure
+
+    def pure_and_dear(module):
+        apply, *arrays = pure(module)
+        return keep_dear(apply), *arrays
+
+    revjax.stage.pure = pure_and_dear
 
 
 def torch_chain(depth: int, batch: int, side: int, channels: int, way: str) -> Made:
@@ -102,6 +135,12 @@ def torch_chain(depth: int, batch: int, side: int, channels: int, way: str) -> M
 
     operations = depth * count_operations(Chain(1, channels, way), x)
     return step, {"operations": operations}
+
+
+def return_freed() -> None:
+    """Return to the system what compilers have freed, which glibc keeps for the next one."""
+    if sys.platform == "linux":
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
 
 
 def process_peak_bytes() -> int:

@@ -8,21 +8,25 @@ chain      the gradient, by parameters and input, of a chain of blocks of two re
            BN-ReLU-conv3x3-BN-ReLU-conv3x3, 32 images of 32x32 and 16 + 16 channels, float32;
            in PyTorch and by MemCNN too, where the extra "bench" is installed
 network    the training step of a network of create_model, as revjax.memory has it
-deep       the same of a RevNet of 1,000 reversible units, which is 4,002 layers, with the C library
-           told to return what is freed, else the peak of its process is what was ever in use
+deep       the same of a RevNet of 1,000 reversible units, which is 4,002 layers
 compile    the time to trace and compile the reversible chain of 1,024 blocks, and of 16, in turns
+
+"Dear" is what products, convolutions and sums give. A stored form that keeps that alone evaluates
+the rest, normalisation and ReLU, again; an unrolled one XLA:CPU makes the stored, unrolled one.
 
 Each way is a process of its own. They take turns, step by step, so that what else the machine
 does falls on all of them; a time is the median of their rounds, with the quartiles, after a round
 that is not counted. Long chains have fewer rounds, and beyond 64 blocks none that is not counted.
 What stores more than 0.7 of the machine's memory, by the compiler's account of the scanned form, is
-left out. --smoke makes all of it small, and records nothing.
+left out. The peak of a network's process is without what compilers had freed before it steps.
+--smoke makes all of it small, and records nothing.
 
 The floor of a time is the operations over the rate of a product of two 2048x2048 matrices in this
-run. That of a chain's temporary memory is what must live as a block is differentiated: the stream
-and its cotangent, the output of a function's first convolution, and its cotangent: six halves of
-the stream; and before, for each block that has yet to be, what is kept of it: its input (two
-halves), or the inputs of its four convolutions.
+run, beside which stands that of a convolution of the chains, 16 to 16 channels. That of a chain's
+temporary memory is what must live as a block is differentiated: the stream and its cotangent, the
+output of a function's first convolution, and its cotangent: six halves of the stream; and before,
+for each block that has yet to be, what is kept of it: its input (two halves), or the inputs of its
+four convolutions.
 
 The gradient error is that against stored activations, in the same framework and on the same grid:
 |difference| / |gradient|, with convolutions in float32, and in bfloat16 where there are two.
@@ -36,6 +40,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +52,9 @@ from gradients import shown_error
 from record import RESULTS, environment
 
 from revjax import list_models
+from revjax.conv import conv
 from revjax.memory.network import usual_image
+from revjax.memory.report import compile_with_report
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
@@ -59,9 +66,11 @@ STUDIES = ("chain", "network", "deep", "compile")
 GRID = "reversible, grid 2^-14"
 
 STORED, STORED_UNROLLED = "stored, scanned", "stored, unrolled"
-# Of rev_chain_apply and create_model.
+STORED_DEAR = "stored, what is dear alone"
+# Of rev_chain_apply and create_model; dear is contestant.py's.
 WAYS: dict[str, dict[str, Any]] = {
     STORED: dict(backward="store", grid_bits=None),
+    STORED_DEAR: dict(backward="store", grid_bits=None, dear=True),
     STORED_UNROLLED: dict(backward="store", grid_bits=None, unroll=True),
     "jax.checkpoint a block, scanned": dict(backward="remat", grid_bits=None),
     "jax.checkpoint a block, unrolled": dict(backward="remat", grid_bits=None, unroll=True),
@@ -69,7 +78,6 @@ WAYS: dict[str, dict[str, Any]] = {
     GRID: dict(backward="reversible", grid_bits=14),
 }
 TORCH_WAYS = {"PyTorch": "plain", "PyTorch, checkpoint a block": "checkpoint", "MemCNN": "memcnn"}
-RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "1000000"}  # glibc
 STORING = (STORED, STORED_UNROLLED, "PyTorch")
 KEPT_HALVES = {"store": 4, "remat": 2, "reversible": 0}
 # Colours of Okabe and Ito.
@@ -86,11 +94,11 @@ STYLES = {
 class Contestant:
     """The process of one way: see contestant.py."""
 
-    def __init__(self, spec: dict[str, Any], environ: dict[str, str] | None = None):
+    def __init__(self, spec: dict[str, Any]):
         program = Path(__file__).parent / "contestant.py"
         command = [sys.executable, "-W", "ignore", program, json.dumps(spec)]
         pipe: Any = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.process = subprocess.Popen(command, env=os.environ | (environ or {}), **pipe)
+        self.process = subprocess.Popen(command, **pipe)
         self.spec = spec
         self.facts = self.hear()
 
@@ -113,16 +121,24 @@ def memory_of_machine() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def operations_per_second() -> float:
-    """The rate of a product of two large matrices."""
+def operations_per_second() -> dict[str, float]:
+    """The rate of a product of two large matrices, and that of a convolution of the chains."""
     a = jnp.ones((2048, 2048))
-    product = jax.jit(lambda a: a @ a)
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        product(a).block_until_ready()
-        seconds.append(time.perf_counter() - began)
-    return 2 * 2048**3 / min(seconds)
+    x, kernel = jnp.ones((32, 32, 32, CHANNELS)), jnp.ones((3, 3, CHANNELS, CHANNELS))
+    functions: dict[str, tuple[Callable, tuple[jax.Array, ...]]] = {
+        "product": (jnp.matmul, (a, a)),
+        "convolution": (conv, (x, kernel)),
+    }
+    rates = {}
+    for name, (function, operands) in functions.items():
+        compiled, report = compile_with_report(function, *operands)
+        seconds = []
+        for _ in range(20):
+            began = time.perf_counter()
+            compiled(*operands).block_until_ready()
+            seconds.append(time.perf_counter() - began)
+        rates[name] = report.operations / min(seconds)
+    return rates
 
 
 def measure(specs: dict[str, dict[str, Any]], rounds: int, warm: bool) -> dict[str, dict[str, Any]]:
@@ -138,7 +154,7 @@ def measure(specs: dict[str, dict[str, Any]], rounds: int, warm: bool) -> dict[s
             if label in STORING and too_large:
                 continue
             print(f"  {label}", file=sys.stderr, flush=True)
-            contestant = Contestant(spec, RETURN_FREED if spec.get("units") else None)
+            contestant = Contestant(spec)
             rows[label] = contestant.facts
             if contestant.facts.get("temporary_bytes", 0) > 0.7 * memory_of_machine():
                 too_large = True
@@ -156,8 +172,8 @@ def measure(specs: dict[str, dict[str, Any]], rounds: int, warm: bool) -> dict[s
     finally:
         for contestant in contestants.values():
             contestant.end()
-    stored = [rows[label].get("seconds") for label in (STORED, STORED_UNROLLED) if label in rows]
-    if stored := [seconds for seconds in stored if seconds]:
+    stored = (STORED, STORED_DEAR, STORED_UNROLLED)
+    if stored := [rows[label]["seconds"] for label in stored if "seconds" in rows.get(label, {})]:
         for row in rows.values():
             if "seconds" in row:
                 row["time_against_stored"] = row["seconds"] / min(stored)
@@ -209,7 +225,7 @@ def add_errors(rows: dict[str, Any], specs: dict[str, Any]) -> None:
         if label in STORING or "unroll" in spec:
             continue
         torch = spec["study"] == "torch"
-        stored = {"way": "plain"} if torch else {"backward": "store"}
+        stored = {"way": "plain"} if torch else {"backward": "store", "dear": False}
         for dtype in ("float32",) if torch else ("float32", "bfloat16"):
             compute = {} if torch else {"dtype": dtype}
             contestant = Contestant(spec | compute | {"error_against": stored})
@@ -235,11 +251,16 @@ def table(title: str, study: dict[str, Any]) -> str:
         return f"{row[key] / unit:{spec}}" if key in row else ""
 
     versions = ", ".join(f"{name} {version}" for name, version in study["versions"].items())
+    rates = f"a matrix product does {cell(study, 'operations_per_second', 1e9, '.0f')}"
+    if "convolution_operations_per_second" in study:
+        rates += (
+            f" and a convolution {cell(study, 'convolution_operations_per_second', 1e9, '.0f')}"
+        )
     lines = [
         f"## {title}\n",
         f"{study['rounds']} rounds; {study['device']}, {study['platform']}; {versions}; "
-        f"{study['date']}\n",
-        "| | time, s (quartiles) | floor | against the faster stored | temporary MB | floor "
+        f"{study['date']}; {rates} x 10^9 operations/s\n",
+        "| | time, s (quartiles) | floor | against the fastest stored | temporary MB | floor "
         "| process peak MB | compile, s | operations, 10^9 | gradient error |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -348,10 +369,10 @@ def main() -> None:
             parser.error(f"{path} has PyTorch's figures: install it, or give --results DIR.")
     for title, (specs, study_rounds, depth) in studies.items():
         print(title, file=sys.stderr, flush=True)
-        rate = operations_per_second()
+        rates = operations_per_second()
         if specs:
             rows = measure(specs, study_rounds, warm=depth <= 64)
-            add_floors(rows, specs, rate)
+            add_floors(rows, specs, rates["product"])
         else:
             rows = measure_compilation(batch, side, study_rounds)
         if 0 < depth <= ERRORS:
@@ -364,7 +385,8 @@ def main() -> None:
             **found,
             "rounds": study_rounds,
             "depth": depth,
-            "operations_per_second": rate,
+            "operations_per_second": rates["product"],
+            "convolution_operations_per_second": rates["convolution"],
             "forms": rows,
         }
         print(table(title, record[title]), flush=True)
@@ -376,7 +398,8 @@ def main() -> None:
     record = {title: record[title] for title in order}
     path.write_text(json.dumps(record, indent=2) + "\n")
     path.with_suffix(".md").write_text("\n".join(table(*item) for item in record.items()))
-    draw(record, path.with_suffix(".png"))
+    if any(study["depth"] for study in record.values()):
+        draw(record, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

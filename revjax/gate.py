@@ -36,8 +36,15 @@ def run_if(gate: jax.Array | None, run: Callable, skip: Callable, *operands: PyT
 
     # What passes from the conditional of a forward pass to that of its backward pass is written to
     # memory, as zeros where closed: so let it be only what is dear to compute again.
-    run = jax.checkpoint(run, policy=_is_dear, prevent_cse=False)
-    return jax.lax.cond(gate, run, closed, *operands)
+    return jax.lax.cond(gate, keep_dear(run), closed, *operands)
+
+
+def keep_dear(run: Callable) -> Callable:
+    """Run, of which stored backpropagation keeps what products, convolutions and sums give.
+
+    The rest is evaluated again: on a CPU that costs less than the memory to keep it.
+    """
+    return jax.checkpoint(run, policy=_is_dear, prevent_cse=False)
 
 
 def _is_dear(primitive, *_, **__):

@@ -30,8 +30,9 @@ def start(tmp_path, request):
             "PYTHONPATH": str(ROOT),
             "JAX_NUM_CPU_DEVICES": str(devices),
             "NPROC": str(2 * devices),  # threads of XLA's, as tests/conftest.py says
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
         }
+        if request.node.get_closest_marker("optimised") is None:
+            environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
         line = [sys.executable, str(ROOT / "train.py"), f"--config={tmp_path}/tiny.py", *flags]
         for process in range(processes):
             own = [f"--workdir={tmp_path / workdir if process == 0 else '/nowhere'}"]

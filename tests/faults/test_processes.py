@@ -25,6 +25,7 @@ def get_config():
     return config
 """
 
+
 @pytest.mark.parametrize("fsdp", [1, 8])
 def test_losses_do_not_depend_on_the_layout(start, tmp_path, fsdp):
     """1 device, 8 devices, 2 processes of 4; and of three steps saved by two, one goes on."""
@@ -41,6 +42,7 @@ def test_losses_do_not_depend_on_the_layout(start, tmp_path, fsdp):
     assert losses(tmp_path / "run") == pytest.approx(due, rel=1e-4)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(("processes", "devices"), LAYOUTS)
 def test_the_reconstruction_is_exact(start, tmp_path, processes, devices):
     """Six steps end in the very bits of those that keep every block's input and rebuild none."""

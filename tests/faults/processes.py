@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from revjax.training.metrics import read_rows
 
 
-def finish(processes, seconds=300):
+def finish(processes, seconds=600):
     """The exit code, stdout and stderr of each."""
     ended = []
     for process in processes:
@@ -49,7 +49,7 @@ def losses(workdir):
 
 def wait_for_checkpoint(processes, workdir):
     """Return when that of step 3 is there, and whole."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not (workdir / "checkpoints" / "3" / "files.json").exists():
         assert all(process.poll() is None for process in processes), finish(processes)
         assert time.monotonic() < deadline

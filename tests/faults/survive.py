@@ -221,8 +221,10 @@ def measure_full_disks(folder: Path, sizes: int, seed: int) -> dict[str, Any] | 
     runs, rng, each = Runs(folder, steps=60, batch_size=20, every=10), random.Random(seed), []
     try:
         runs.finish(undisturbed)
+        files = (path.stat().st_size for path in undisturbed.rglob("*") if path.is_file())
+        whole = sum(-(-size // 4096) * 4 for size in files)  # KiB, in pages: too small is below it
         for number in range(sizes):
-            workdir, size = disk / str(number), rng.randrange(4, 440, 4)  # KiB; a run takes 440
+            workdir, size = disk / str(number), rng.randrange(4, whole, 4)
             remount(f"rw,size={size}k")
             ends = [runs.start(workdir)]
             _, said = ends[0].communicate(timeout=120)
@@ -248,7 +250,7 @@ def measure_full_disks(folder: Path, sizes: int, seed: int) -> dict[str, Any] | 
         and not one["lost"]["elements"] + one["lost"]["rows"]
         for one in each
     ]
-    return {"disks": sizes, "lost_nothing": all(good), "each": each}
+    return {"disks": sizes, "a_run_takes_KiB": whole, "lost_nothing": all(good), "each": each}
 
 
 def resident_bytes(pid: int) -> int:

@@ -15,7 +15,9 @@ DIR is a folder of images as --config.data.source takes it. In turns:
   and handed over, by workers, and by threads of one process, one for each core.
 
 A share is the median over the turns of the pipeline's speed against the decoding of the same turn,
-with the quartiles. Starting processes is not counted, nor are the first batches.
+with the quartiles. Starting processes is not counted, nor are the first batches. Where the machine
+has other work, the clock tells little; so the same is given by the time that the cores were at it,
+for decoding and for threads: what the clock would say if nothing else ran and no thread waited.
 
 That is done for the files as they are, and for the same pictures at 500x375, which is about what
 ImageNet's have on average: samples of it have often been made small, and then the resizing to
@@ -30,6 +32,7 @@ import concurrent.futures
 import importlib.metadata
 import io
 import json
+import math
 import multiprocessing
 import os
 import tempfile
@@ -75,32 +78,41 @@ DECODERS = {
 }
 
 
-def decode(decoder: str, examples: Examples, chunk: range) -> None:
+def decode(decoder: str, examples: Examples, chunk: range) -> float:
+    """The seconds of a core that it took."""
+    began = time.process_time()
     for index in chunk:
         DECODERS[decoder](examples.read(index).blob)
+    return time.process_time() - began
 
 
 def decoding_speed(
     pool: concurrent.futures.Executor, decoder: str, examples: Examples, number: int
-) -> float:
-    """Images a second that the pool's processes decode, of `number`."""
+) -> tuple[float, float]:
+    """Images that the pool's processes decode, of `number`: in a second, and in one of a core."""
     chunks = [range(start, start + CHUNK) for start in range(0, len(examples) - CHUNK + 1, CHUNK)]
     todo = [chunks[turn % len(chunks)] for turn in range(-(-number // CHUNK))]
     began = time.perf_counter()
-    list(pool.map(decode, [decoder] * len(todo), [examples] * len(todo), todo))
-    return len(todo) * CHUNK / (time.perf_counter() - began)
+    used = sum(pool.map(decode, [decoder] * len(todo), [examples] * len(todo), todo))
+    images = len(todo) * CHUNK
+    return images / (time.perf_counter() - began), images / used
 
 
-def pipeline_speed(stream: ImageStream, batch_size: int, number: int) -> float:
-    """Images a second of training batches, the first few not counted."""
+def pipeline_speed(stream: ImageStream, batch_size: int, number: int) -> tuple[float, float]:
+    """Images of training batches in a second, and in one of a core, the first few not counted.
+
+    The second number is NaN for workers, whose time is not that of this process.
+    """
     first, last = 4 + 4 * stream.workers, -(-number // batch_size)
     with stream.train(0, first + last, batch_size, seed=0) as batches:
         for _ in range(first):
             next(batches)
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.process_time()
         for _ in range(last):  # and not to the end: workers take a second to say that it is one
             assert not next(batches).broken
-        return last * batch_size / (time.perf_counter() - began)
+        seconds, used = time.perf_counter() - began, time.process_time() - used
+        images = last * batch_size
+        return images / seconds, math.nan if stream.workers else images / used
 
 
 def measure(source: str, workers: int, batch_size: int, turns: int, number: int) -> dict[str, Any]:
@@ -110,14 +122,16 @@ def measure(source: str, workers: int, batch_size: int, turns: int, number: int)
     }
     examples = next(iter(streams.values())).splits["train"]
     speeds: dict[str, list[float]] = {name: [] for name in (*DECODERS, *streams)}
+    of_a_core: dict[str, list[float]] = {name: [] for name in (*DECODERS, *streams)}
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, spawn) as pool:
         for turn in range(-1, turns):  # the first reads the files into memory
             found = [decoding_speed(pool, name, examples, number) for name in DECODERS]
             found += [pipeline_speed(stream, batch_size, number) for stream in streams.values()]
             if turn >= 0:
-                for kind, speed in zip(speeds, found, strict=True):
+                for kind, (speed, core) in zip(speeds, found, strict=True):
                     speeds[kind].append(speed)
+                    of_a_core[kind].append(core)
     blobs = [examples.read(index).blob for index in range(0, len(examples), 10)]
     sizes = [by_pillow(blob).shape[:2] for blob in blobs]
     shares = {
@@ -125,11 +139,20 @@ def measure(source: str, workers: int, batch_size: int, turns: int, number: int)
         for name in streams
         for alone in DECODERS
     }
+    of_a_core = {kind: found for kind, found in of_a_core.items() if not np.isnan(found).any()}
+    shares_of_a_core = {
+        f"pipeline, threads / {alone}": quartiles(
+            np.divide(of_a_core["pipeline, threads"], of_a_core[alone])
+        )
+        for alone in DECODERS
+    }
     return {
         "mean_height_and_width": np.mean(sizes, 0).round(1).tolist(),
         "mean_bytes": round(float(np.mean([len(blob) for blob in blobs]))),
         "images_per_second": {kind: quartiles(values) for kind, values in speeds.items()},
         "shares": shares,
+        "images_per_second_of_a_core": {k: quartiles(found) for k, found in of_a_core.items()},
+        "shares_of_a_core": shares_of_a_core,
     }
 
 
@@ -159,6 +182,11 @@ def print_table(name: str, row: dict[str, Any]) -> None:
         print(f"| {kind} | {median:,.0f} ({low:,.0f} to {high:,.0f}) |")
     print("\n| share | |\n|---|---|")
     for kind, (low, median, high) in row["shares"].items():
+        print(f"| {kind} | {median:.0%} ({low:.0%} to {high:.0%}) |")
+    print("\n| by time of the cores | images/s of a core, or share |\n|---|---|")
+    for kind, (low, median, high) in row["images_per_second_of_a_core"].items():
+        print(f"| {kind} | {median:,.0f} ({low:,.0f} to {high:,.0f}) |")
+    for kind, (low, median, high) in row["shares_of_a_core"].items():
         print(f"| {kind} | {median:.0%} ({low:.0%} to {high:.0%}) |")
 
 

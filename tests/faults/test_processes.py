@@ -42,7 +42,6 @@ def test_losses_do_not_depend_on_the_layout(start, tmp_path, fsdp):
     assert losses(tmp_path / "run") == pytest.approx(due, rel=1e-4)
 
 
-@pytest.mark.optimised
 @pytest.mark.parametrize(("processes", "devices"), LAYOUTS)
 def test_the_reconstruction_is_exact(start, tmp_path, processes, devices):
     """Six steps end in the very bits of those that keep every block's input and rebuild none."""

@@ -1,6 +1,7 @@
 """Decoding against Pillow's, and what is broken told from what can be had."""
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import PIL.Image
@@ -71,6 +72,14 @@ def test_it_writes_where_it_is_told():
     decode_part(blob, lambda *_: BOX, 96, out[1])
     np.testing.assert_array_equal(out[1], decoded(blob))
     assert not out[0].any()
+
+
+def test_threads_do_not_see_what_others_decode():
+    blobs = [encode(np.full((300, 400, 3), 8 * shade, np.uint8)) for shade in range(32)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(decoded, blobs * 8))
+    for shade, image in enumerate(found):
+        assert np.abs(image.astype(int) - 8 * (shade % 32)).max() <= 1
 
 
 def broken(kind):

@@ -38,7 +38,7 @@ class ImageFolder:
 
     def read(self, index: int) -> Encoded:
         """As `Examples.read`."""
-        with open(self.folder / self._place(index), "rb") as file:
+        with open(os.path.join(self.folder, self._place(index)), "rb") as file:
             return Encoded(file.read(), int(self.labels[index]))
 
     def name(self, index: int) -> str:

@@ -1,28 +1,20 @@
 """Runs of two processes on this machine: what they compute, how they stop, and how they die."""
 
-import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
-from typing import Any
 
 import pytest
-
-import train
-from revjax.training.metrics import read_rows
+from processes import differing, finish, losses, run_all, wait_for_checkpoint
 
 pytestmark = pytest.mark.slow
-ROOT = Path(train.__file__).parent
+LAYOUTS = ((1, 1), (1, 8), (2, 4))  # processes, and devices of each
 CONFIG = """
 from configs import digits_revnet
 
 def get_config():
     config = digits_revnet.get_config()
-    config.model.units = (1, 2)
+    config.model.units = (2, 2)
     config.model.filters = (8, 8, 16)
     config.optim.learning_rate = 0.01  # what float32 rounds differently stays small
     config.steps = 6
@@ -34,77 +26,29 @@ def get_config():
 """
 
 
-@pytest.fixture
-def start(tmp_path):
-    """`start(processes, devices, *flags)`: the processes of a run, each with as many devices."""
-    (tmp_path / "tiny.py").write_text(CONFIG)
-    started = []
-
-    def run(processes, devices, *flags, workdir="run"):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        environment = os.environ | {
-            "PYTHONPATH": str(ROOT),
-            "JAX_NUM_CPU_DEVICES": str(devices),
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        }
-        line = [sys.executable, str(ROOT / "train.py"), f"--config={tmp_path}/tiny.py", *flags]
-        for process in range(processes):
-            own = [f"--workdir={tmp_path / workdir if process == 0 else '/nowhere'}"]
-            if processes > 1:
-                own += [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}"]
-                own += [f"--process={process}"]
-            pipes: Any = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            started.append(subprocess.Popen([*line, *own], env=environment, **pipes))
-        return started[-processes:]
-
-    yield run
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def finish(processes, seconds=300):
-    """The exit code, stdout and stderr of each."""
-    ended = []
-    for process in processes:
-        out, err = process.communicate(timeout=seconds)
-        ended.append((process.returncode, out, err))
-    return ended
-
-
-def losses(workdir):
-    return [row["loss"] for row in read_rows(workdir) if row["split"] == "train"]
-
-
-@pytest.mark.parametrize("fsdp", [1, 4])
+@pytest.mark.parametrize("fsdp", [1, 8])
 def test_losses_do_not_depend_on_the_layout(start, tmp_path, fsdp):
-    """1 device, 4 devices, 2 processes of 2; and of three steps saved by two, one goes on."""
-    for processes, devices in ((1, 1), (1, 4), (2, 2)):
+    """1 device, 8 devices, 2 processes of 4; and of three steps saved by two, one goes on."""
+    for processes, devices in LAYOUTS:
         flags = [f"--config.mesh.fsdp={fsdp}"] if processes * devices > 1 else []
-        name = f"{processes}x{devices}"
-        ended = finish(start(processes, devices, *flags, workdir=name))
-        assert [code for code, *_ in ended] == [0] * processes, ended
-        assert ["Done: " in out for _, out, _ in ended] == [True, False][:processes]
+        run_all(start, processes, devices, *flags, workdir=f"{processes}x{devices}")
     due = losses(tmp_path / "1x1")
     assert len(due) == 6
-    assert losses(tmp_path / "1x4") == pytest.approx(due, rel=1e-4)
-    assert losses(tmp_path / "2x2") == pytest.approx(due, rel=1e-4)
+    assert losses(tmp_path / "1x8") == pytest.approx(due, rel=1e-4)
+    assert losses(tmp_path / "2x4") == pytest.approx(due, rel=1e-4)
 
-    code, *_ = finish(start(2, 2, f"--config.mesh.fsdp={fsdp}", "--config.steps=3"))[0]
-    assert code == 0
-    (ended,) = finish(start(1, 1))
-    assert ended[0] == 0, ended
-    assert "going on from step 3 of 6" in ended[2]
+    run_all(start, 2, 4, f"--config.mesh.fsdp={fsdp}", "--config.steps=3")
+    assert "going on from step 3 of 6" in run_all(start, 1, 1)[0]
     assert losses(tmp_path / "run") == pytest.approx(due, rel=1e-4)
 
 
-def wait_for_checkpoint(processes, workdir):
-    deadline = time.monotonic() + 240
-    while not (workdir / "checkpoints" / "3" / "files.json").exists():
-        assert all(process.poll() is None for process in processes), finish(processes)
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+@pytest.mark.parametrize(("processes", "devices"), LAYOUTS)
+def test_the_reconstruction_is_exact(start, tmp_path, processes, devices):
+    """Six steps end in the very bits of those that keep every block's input and rebuild none."""
+    for backward in ("reversible", "remat"):
+        flag = f"--config.model.backward={backward}"
+        run_all(start, processes, devices, flag, workdir=backward)
+    assert differing(tmp_path / "reversible", tmp_path / "remat", 6) == []
 
 
 @pytest.mark.parametrize("told", [0, 1])

@@ -1,23 +1,25 @@
 """Exactness, time and memory of every way to a gradient on the GPU at hand, side by side.
 
-Command:   python benchmarks/gpu.py [exactness] [network] [--models revnet38,revnet110] [--help]
-Hardware:  one GPU on which nothing else runs, and some cores, as all programs are compiled at once
+Command:   python benchmarks/gpu.py [chains] [gradients] [steps] [--models revnet38,revnet110]
+Hardware:  one GPU on which nothing else runs, and some cores, as programs are compiled side by side
 Figures:   benchmarks/results/gpu.json and .md, told in docs/performance.md and docs/numerics.md
 
-exactness  of a chain of blocks of two residual functions BN-ReLU-conv3x3-BN-ReLU-conv3x3, 32 images
-           of 32x32 and 16 + 16 channels: what of the chain's input the inverse gives back, and the
-           error of the reversible gradient against that of jax.checkpoint, which evaluates the same
-           function, and against stored activations
-network    the training step of networks of create_model, as revjax.memory has it: its time, memory
-           and the error of its gradient against those of jax.checkpoint and of stored activations;
-           and the loop of train.py around a reversible one, with its augmentation and sums
+chains     of blocks of two residual functions BN-ReLU-conv3x3-BN-ReLU-conv3x3, 32 images of 32x32
+           and 16 + 16 channels: what of the chain's input the inverse gives back, and the error of
+           the reversible gradient against that of jax.checkpoint, which has the same forward pass,
+           and against stored activations
+gradients  of networks of create_model: the same errors, and those of the batch statistics, which
+           tell whether two programs have the same forward pass
+steps      training steps of networks, as revjax.memory has them: time and memory; and the loop of
+           train.py around a reversible one, with its augmentation and sums
 
 "float32" multiplies in float32, "tf32" is what JAX does with float32 on such GPUs by default, and
 "bfloat16" has convolutions in bfloat16. Networks are in tf32 and in bfloat16.
 
-Each way is a process of its own. When all are compiled they take turns, many steps at a time; a time
-is the median of the turns. They ask of the compiler what train.py does: CUDA graphs. --smoke makes
-all of it small, runs anywhere, and records nothing.
+Programs whose numbers are compared are compiled by one process, as each chooses the algorithms of
+its convolutions by timing them. Steps that are timed are a process each, all compiled before any is
+run; they take turns, many steps at a time, and a time is the median of the turns. They ask of the
+compiler what train.py does: CUDA graphs. --smoke makes all of it small and records nothing.
 
 The floor of a time is the operations over the rate of a product of two 8192x8192 matrices of that
 dtype in this run.
@@ -33,9 +35,8 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from basic_block import residual
+from flax import nnx
 from gradients import flatten, relative_error, shown_error
 from record import RESULTS, ROOT, environment
 
@@ -60,27 +62,27 @@ from revjax.training.state import abstract_model, draw, initial_state
 from revjax.training.step import make_train_steps, put_on_device
 from revjax.training.votes import cast
 
-STUDIES = ("exactness", "network")
+STUDIES = ("chains", "gradients", "steps")
 MODELS = ("revnet38", "revnet110")
 DTYPES = ("tf32", "bfloat16")
 STEPS, TURNS = 40, 5
+WAYS = [*itertools.product(("store", "remat", "reversible"), (False, True))]
 LOOP = "train.py, reversible, unrolled"
-TINY = dict(depths=[2], images=2, side=8)
 Row = dict[str, Any]
 
 
 # What a process does ----------------------------------------------------------------------------
 
 
-def exactness(dtype: str, depths: list[int], images: int, side: int) -> None:
+def chains(dtype: str, depths: list[int], images: int, side: int) -> None:
     """Print a row for each depth, on the grid and off it."""
     compute = "bfloat16" if dtype == "bfloat16" else None
     with jax.default_matmul_precision("float32" if dtype == "float32" else None):
         for depth, grid_bits in itertools.product(depths, (14, None)):
-            tell(exactness_row(depth, grid_bits, partial(residual, dtype=compute), images, side))
+            tell(chain_row(depth, grid_bits, partial(residual, dtype=compute), images, side))
 
 
-def exactness_row(depth: int, grid_bits: int | None, f: Callable, images: int, side: int) -> Row:
+def chain_row(depth: int, grid_bits: int | None, f: Callable, images: int, side: int) -> Row:
     """How exact a chain of f is."""
     channels, random = 16, np.random.default_rng(0)
     ones = np.ones((depth, 1, 1, 1, channels), np.float32)
@@ -123,14 +125,11 @@ def exactness_row(depth: int, grid_bits: int | None, f: Callable, images: int, s
     }
 
 
-def network(model: str, batch: int, dtype: str, backward: str, unroll: bool, keep: str) -> None:
-    """Print what the compiler says; then, for each number read, the seconds of as many steps.
-
-    The gradient of the first step goes to the file `keep`.
-    """
+def first_step(model: str, batch: int, dtype: str, backward: str, unroll: bool = False) -> Any:
+    """The training step of a network, and its arguments before the first one."""
     compute = "bfloat16" if dtype == "bfloat16" else "float32"
     net = abstract_network(model, backward, compute, num_classes=10, unroll=unroll or 1)
-    step, (state, images, labels) = training_step(net, batch, usual_image(model))
+    function, (state, images, _) = training_step(net, batch, usual_image(model))
     random = np.random.default_rng(0)
     params, variables, momentum = state
     params = jax.tree_util.tree_map_with_path(partial(drawn, random), params)
@@ -138,16 +137,38 @@ def network(model: str, batch: int, dtype: str, backward: str, unroll: bool, kee
     momentum = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), momentum)
     state = jax.device_put((params, variables, momentum))
     images = jnp.asarray(random.normal(size=images.shape), jnp.float32)
-    labels = jnp.arange(batch, dtype=jnp.int32) % 10
+    return function, (state, images, jnp.arange(batch, dtype=jnp.int32) % 10)
+
+
+def gradients(model: str, batch: int, dtype: str) -> None:
+    """Print how far the gradients and batch statistics of the three ways are from each other."""
+    found = {}
+    for backward in ("reversible", "remat", "store"):
+        function, arguments = first_step(model, batch, dtype, backward)
+        _, variables, momentum = function(*arguments)
+        # After one step momentum is the gradient, with weight decay.
+        found[backward] = flatten(momentum), flatten(nnx.filter_state(variables, nnx.BatchStat))
+    row = {}
+    for name, a, b in (
+        ("against_remat", "reversible", "remat"),
+        ("against_stored", "reversible", "store"),
+        ("remat_against_stored", "remat", "store"),
+    ):
+        row[name], row[f"statistics_{name}"] = map(relative_error, found[a], found[b])
+    tell(row)
+
+
+def steps(model: str, batch: int, dtype: str, backward: str, unroll: bool) -> None:
+    """Print what the compiler says; then, for each number read, the seconds of as many steps."""
+    function, (state, *batch_of) = first_step(model, batch, dtype, backward, unroll)
     options = compiler_options(jax.default_backend())
-    compiled, report = compile_with_report(step, state, images, labels, compiler_options=options)
-    state = compiled(state, images, labels)
-    np.save(keep, flatten(state[2]))  # after one step momentum is the gradient, with weight decay
+    compiled, report = compile_with_report(function, state, *batch_of, compiler_options=options)
+    state = jax.block_until_ready(compiled(state, *batch_of))
     tell(report._asdict())
     for line in sys.stdin:
         began = time.perf_counter()
         for _ in range(int(line)):
-            state = compiled(state, images, labels)
+            state = compiled(state, *batch_of)
         jax.block_until_ready(state)
         tell(time.perf_counter() - began)
 
@@ -161,7 +182,7 @@ def loop(model: str, batch: int, dtype: str) -> None:
     config = check_config(arguments.config)
     mesh, optimizer = make_mesh(config), make_optimizer(config.optim)
     schedule = learning_rate_schedule(config.optim)
-    steps = make_train_steps(config, abstract_model(config), optimizer, schedule, mesh)
+    function = make_train_steps(config, abstract_model(config), optimizer, schedule, mesh)
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (50_000, 32, 32, 3), np.uint8)
     labels = random.integers(0, 10, 50_000, np.int32)
@@ -170,7 +191,7 @@ def loop(model: str, batch: int, dtype: str) -> None:
     state = draw(partial(initial_state, config, optimizer), mesh)
     indices = random.integers(0, 50_000, (100, batch), np.int32)
     compiled, report = compile_with_report(
-        steps, state, data, indices, np.int32(0), cast(mesh, False)
+        function, state, data, indices, np.int32(0), cast(mesh, False)
     )
     state, _ = compiled(state, data, indices, np.int32(2), cast(mesh, False))
     jax.block_until_ready(state)
@@ -235,78 +256,55 @@ def product_rate(dtype: str) -> float:
 
 
 def run(chosen: list[str], models: list[tuple[str, int]], depths: list[int]) -> Iterator[Row]:
-    """Figures as they are there: of a study a table, by its title its rows, by their labels."""
-    chains: dict[str, Way] = {}
-    if "exactness" in chosen:
+    """Figures as they are there: of a study a table, by its title its rows."""
+    exact: list[tuple[str, str, Way]] = []
+    if "chains" in chosen:
         spec = dict(depths=depths, images=32, side=32)
-        chains = {dtype: Way("exactness", dtype=dtype, **spec) for dtype in ("float32", *DTYPES)}
-    with tempfile.TemporaryDirectory() as folder:
-        networks = itertools.product(models, DTYPES) if "network" in chosen else ()
-        for (model, batch), dtype in networks:
-            title, ways = f"{model}, batch {batch}, {dtype}", dict[str, Way]()
-            for backward, unroll in itertools.product(ways_of(model), (False, True)):
-                label = backward + ", unrolled" * unroll
-                spec = dict(model=model, batch=batch, dtype=dtype)
-                how = dict(backward=backward, unroll=unroll, keep=f"{folder}/{title}{label}")
-                ways[label] = Way("network", **spec, **how)
-            if (ROOT / f"configs/cifar10_{model}.py").exists() and "reversible" in ways:
-                ways[LOOP] = Way("loop", model=model, batch=batch, dtype=dtype)
-            rows = heard(title, ways)
-            yield from exactness_of(chains)  # before anything is timed
-            chains = {}
-            timed(title, ways, rows, STEPS)
-            yield {"network": {title: rows}}
-    yield from exactness_of(chains)
+        exact += [("chains", d, Way("chains", dtype=d, **spec)) for d in ("float32", *DTYPES)]
+    networks = [
+        (f"{model}, batch {batch}, {dtype}", dict(model=model, batch=batch, dtype=dtype))
+        for (model, batch), dtype in itertools.product(models, DTYPES)
+        if "reversible" in ways_of(model)
+    ]
+    if "gradients" in chosen:
+        exact += [("gradients", title, Way("gradients", **spec)) for title, spec in networks]
+    for study, title, way in exact:
+        yield {study: {title: list(iter(way.hear, None))}}
+    for title, spec in networks if "steps" in chosen else ():
+        ways = {
+            backward + ", unrolled" * unroll: Way("steps", **spec, backward=backward, unroll=unroll)
+            for backward, unroll in WAYS
+        }
+        if (ROOT / f"configs/cifar10_{spec['model']}.py").exists():
+            ways[LOOP] = Way("loop", **spec)
+        yield {"steps": {title: timed(title, ways, STEPS)}}
 
 
 def smoke() -> Iterator[Row]:
     """The same of little."""
-    yield from exactness_of({"bfloat16": Way("exactness", dtype="bfloat16", **TINY)})
-    title, spec = "revnet38, batch 2, bfloat16", dict(model="revnet38", batch=2, dtype="bfloat16")
-    with tempfile.TemporaryDirectory() as folder:
-        ways = {}
-        for backward in ("remat", "reversible"):
-            how = dict(backward=backward, unroll=False, keep=f"{folder}/{backward}")
-            ways[backward] = Way("network", **spec, **how)
-        rows = heard(title, ways)
-        timed(title, ways, rows, steps=1)
-        yield {"network": {title: rows}}
+    chain = Way("chains", dtype="bfloat16", depths=[2], images=2, side=8)
+    title, spec = "revnet38, batch 2, tf32", dict(model="revnet38", batch=2, dtype="tf32")
+    ways = {"reversible": Way("steps", **spec, backward="reversible", unroll=False)}
+    yield {"chains": {"bfloat16": list(iter(chain.hear, None))}}
+    yield {"steps": {title: timed(title, ways, 1)}}
 
 
-def exactness_of(chains: dict[str, Way]) -> Iterator[Row]:
-    for dtype, way in chains.items():
-        yield {"exactness": {dtype: list(iter(way.hear, None))}}
-
-
-def heard(title: str, ways: dict[str, Way]) -> dict[str, Row]:
-    """What each way says of itself, once it is compiled; nothing of one that has failed."""
-    facts = {}
+def timed(title: str, ways: dict[str, Way], number: int) -> dict[str, Row]:
+    """What each way says of itself, with its times in turns; nothing of one that has failed."""
+    rows = {}
     for label, way in ways.items():
         if said := way.hear():
-            facts[label] = said | {"seconds": []}
+            rows[label] = said | {"seconds": []}
         print(f"  {title}: {label}{'' if said else ': failed'}", file=sys.stderr, flush=True)
-    return facts
-
-
-def timed(title: str, ways: dict[str, Way], rows: dict[str, Row], steps: int) -> None:
-    """Give the rows the times of all ways in turns, and gradient errors; the ways are ended."""
     for _ in range(TURNS):
         for label, row in rows.items():
-            row["seconds"].append(ways[label].seconds(steps))
+            row["seconds"].append(ways[label].seconds(number))
     rate = product_rate(title.split(", ")[-1])
-    gradients = {
-        label: np.load(f"{ways[label].spec['keep']}.npy")
-        for label in rows
-        if "keep" in ways[label].spec
-    }
-    for label, row in rows.items():
+    for row in rows.values():
         row["floor_seconds"] = row["operations"] / rate
-        for other in ("store", "remat"):  # of the same loops
-            due = gradients.get(label.replace(label.split(",")[0], other))
-            if label in gradients and due is not None:
-                row[f"error_against_{other}"] = relative_error(gradients[label], due)
     for way in ways.values():
         way.process.kill()
+    return rows
 
 
 # Reporting --------------------------------------------------------------------------------------
@@ -315,44 +313,65 @@ def timed(title: str, ways: dict[str, Way], rows: dict[str, Row], steps: int) ->
 def tables(figures: Row) -> str:
     """The figures in Markdown."""
     lines = []
-    for title, rows in figures.get("network", {}).items():
-        columns = "ms a step (quartiles)", "floor, ms", "temporary MB", "compile, s"
-        errors = "gradient error against store", "against remat"
-        lines += [f"| {title} | {' | '.join((*columns, *errors))} |", "|---" * 7 + "|"]
-        for label, row in rows.items():
-            low, median, high = statistics.quantiles(row["seconds"], n=4)
-            cells = [
-                label,
-                f"{1e3 * median:.2f} ({1e3 * low:.2f} to {1e3 * high:.2f})",
-                f"{1e3 * row['floor_seconds']:.2f}",
-                f"{row['temporary_bytes'] / 1e6:,.1f}",
-                f"{row['compile_seconds']:.0f}",
-                *(
-                    shown_error(row[f"error_against_{way}"])
-                    if f"error_against_{way}" in row
-                    else ""
-                    for way in ("store", "remat")
-                ),
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
+
+    def table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+        lines.extend(("| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"))
+        lines.extend("| " + " | ".join(row) + " |" for row in rows)
         lines.append("")
-    if "exactness" in figures:
-        columns = "chain", "largest error of x", "numbers of x that differ"
-        columns += "gradient against remat", "against stored", "remat against stored"
-        lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-        for dtype, rows in figures["exactness"].items():
-            for row in rows:
-                grid = "no grid" if row["grid_bits"] is None else f"grid 2^-{row['grid_bits']}"
-                errors = ("against_remat", "against_stored", "remat_against_stored")
-                cells = [
-                    f"{row['depth']} blocks, {grid}, {dtype}",
+
+    errors = ("against_remat", "against_stored", "remat_against_stored")
+    heads = ("reversible against remat", "against stored", "remat against stored")
+    if "chains" in figures:
+        table(
+            ("chain", "largest error of x", "numbers of x that differ", *heads),
+            (
+                (
+                    f"{row['depth']} blocks, {shown_grid(row['grid_bits'])}, {dtype}",
                     shown_error(row["reconstruction"]),
                     f"{row['not_reconstructed']:,}",
                     *(shown_error(row[error]) for error in errors),
-                ]
-                lines.append("| " + " | ".join(cells) + " |")
-        lines.append("")
+                )
+                for dtype, rows in figures["chains"].items()
+                for row in rows
+            ),
+        )
+    if "gradients" in figures:
+        table(
+            ("gradient; batch statistics", *heads),
+            (
+                (
+                    title,
+                    *(
+                        f"{shown_error(row[error])}; {shown_error(row[f'statistics_{error}'])}"
+                        if error in row
+                        else ""
+                        for error in errors
+                    ),
+                )
+                for title, (row,) in figures["gradients"].items()
+            ),
+        )
+    for title, rows in figures.get("steps", {}).items():
+        table(
+            (title, "ms a step (quartiles)", "floor, ms", "temporary MB", "compile, s"),
+            (
+                (
+                    label,
+                    "{1:.2f} ({0:.2f} to {2:.2f})".format(
+                        *(1e3 * second for second in statistics.quantiles(row["seconds"], n=4))
+                    ),
+                    f"{1e3 * row['floor_seconds']:.2f}",
+                    f"{row['temporary_bytes'] / 1e6:,.1f}",
+                    f"{row['compile_seconds']:.0f}",
+                )
+                for label, row in rows.items()
+            ),
+        )
     return "\n".join(lines)
+
+
+def shown_grid(grid_bits: int | None) -> str:
+    return "no grid" if grid_bits is None else f"grid 2^-{grid_bits}"
 
 
 def main() -> None:
@@ -367,7 +386,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.process:
         study, spec = json.loads(arguments.process)
-        return {"exactness": exactness, "network": network, "loop": loop}[study](**spec)
+        does = {"chains": chains, "gradients": gradients, "steps": steps, "loop": loop}
+        return does[study](**spec)
     chosen = arguments.studies or [*STUDIES]
     if unknown := set(chosen) - set(STUDIES):
         parser.error(f"there is no study {', '.join(unknown)}; there are {', '.join(STUDIES)}.")

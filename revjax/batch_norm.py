@@ -1,10 +1,12 @@
 """Batch normalisation that is one multiplication and one addition a number.
 
-    y = x * factor + offset,   factor = scale / sqrt(variance + epsilon),   offset = bias - mean * factor
+    factor = scale / sqrt(variance + epsilon)
+    offset = bias - mean * factor
+    y = x * factor + offset
 
-Ioffe & Szegedy 2015 (arXiv:1502.03167), algorithm 1, whose per-channel part is done per channel. So the
-gradient sums over the batch twice, `dy` for the offset and `dy * x` for the factor, in one pass, where
-that of `(x - mean) * factor + bias` sums three times, in two.
+Ioffe & Szegedy 2015 (arXiv:1502.03167), algorithm 1, with all that is of a channel done once a
+channel. So the gradient has two sums over the batch, of `dy` for the offset and of `dy * x` for the
+factor, where that of `(x - mean) * factor + bias` has three.
 """
 
 from typing import Any
@@ -42,6 +44,7 @@ class BatchNorm(nnx.BatchNorm):
         self.var = nnx.BatchStat(jnp.ones(channels, dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., C] -> [..., C]`; statistics of the batch move the running averages."""
         mean, variance = self.mean[...], self.var[...]
         if not self.use_running_average:
             batch = range(x.ndim - 1)
@@ -50,7 +53,9 @@ class BatchNorm(nnx.BatchNorm):
             for average, new in ((self.mean, mean), (self.var, variance)):
                 moved = self.momentum * average[...] + (1 - self.momentum) * new
                 average[...] = jax.lax.stop_gradient(moved)
-        factor = self.scale[...] * jax.lax.rsqrt(variance + self.epsilon)
-        offset = self.bias[...] - mean * factor
+        scale: Any = self.scale
+        bias: Any = self.bias
+        factor = scale[...] * jax.lax.rsqrt(variance + self.epsilon)
+        offset = bias[...] - mean * factor
         channels = (1,) * (x.ndim - 1) + factor.shape
         return x * factor.reshape(channels) + offset.reshape(channels)

@@ -1,9 +1,7 @@
 """What training asks of the compiler beside its defaults."""
 
-from jax.sharding import Mesh
-
-# Of XLA's DebugOptions: what may be part of a CUDA graph. The defaults leave out convolutions, so that
-# each would end one, and loops.
+# Of XLA's DebugOptions: what may be part of a CUDA graph. By default convolutions may not, so that
+# each of them ends one, nor loops.
 _IN_GRAPHS = (
     "FUSION",
     "CUBLAS",
@@ -20,9 +18,9 @@ _IN_GRAPHS = (
 def compiler_options(platform: str) -> dict[str, str]:
     """Options for `jax.jit(..., compiler_options=...)` of the programs of a run.
 
-    On a GPU a small network is a thousand kernels a step, of microseconds each, and the host takes
-    longer to launch one than the GPU to run it. So whole programs become CUDA graphs, whose kernels
-    start one another, side by side where none waits for the other. Numbers stay what they are.
+    On a GPU a step of a small network is a thousand kernels of some microseconds, and the host
+    takes longer to launch one than the GPU to run it. So programs become CUDA graphs, whole, whose
+    kernels start one another. Numbers stay what they are.
 
     Args:
         platform: "gpu", or another, for which there are no options.
@@ -33,7 +31,4 @@ def compiler_options(platform: str) -> dict[str, str]:
     """
     if platform != "gpu":
         return {}
-    return {
-        "xla_gpu_enable_command_buffer": ",".join(_IN_GRAPHS),
-        "xla_gpu_command_buffer_scheduling_mode": "LHS",
-    }
+    return {"xla_gpu_enable_command_buffer": ",".join(_IN_GRAPHS)}

@@ -60,7 +60,7 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def platform_of(mesh: Mesh) -> str:
-    """ "cpu", "gpu" or "tpu"."""
+    """Of its devices: "cpu", "gpu" or "tpu"."""
     return mesh.devices.flat[0].platform
 
 

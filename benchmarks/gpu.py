@@ -158,10 +158,12 @@ def gradients(model: str, batch: int, dtype: str) -> None:
     tell(row)
 
 
-def steps(model: str, batch: int, dtype: str, backward: str, unroll: bool) -> None:
+def steps(
+    model: str, batch: int, dtype: str, backward: str, unroll: bool, xla_defaults: bool = False
+) -> None:
     """Print what the compiler says; then, for each number read, the seconds of as many steps."""
     function, (state, *batch_of) = first_step(model, batch, dtype, backward, unroll)
-    options = compiler_options(jax.default_backend())
+    options = {} if xla_defaults else compiler_options(jax.default_backend())
     compiled, report = compile_with_report(function, state, *batch_of, compiler_options=options)
     state = jax.block_until_ready(compiled(state, *batch_of))
     tell(report._asdict())
@@ -255,7 +257,9 @@ def product_rate(dtype: str) -> float:
     return times * 2 * size**3 / min(seconds)
 
 
-def run(chosen: list[str], models: list[tuple[str, int]], depths: list[int]) -> Iterator[Row]:
+def run(
+    chosen: list[str], models: list[tuple[str, int]], depths: list[int], xla_defaults: bool
+) -> Iterator[Row]:
     """Figures as they are there: of a study a table, by its title its rows."""
     exact: list[tuple[str, str, Way]] = []
     if "chains" in chosen:
@@ -271,11 +275,13 @@ def run(chosen: list[str], models: list[tuple[str, int]], depths: list[int]) -> 
     for study, title, way in exact:
         yield {study: {title: list(iter(way.hear, None))}}
     for title, spec in networks if "steps" in chosen else ():
+        if xla_defaults:
+            title, spec = f"XLA's defaults, {title}", spec | {"xla_defaults": True}
         ways = {
             backward + ", unrolled" * unroll: Way("steps", **spec, backward=backward, unroll=unroll)
             for backward, unroll in WAYS
         }
-        if (ROOT / f"configs/cifar10_{spec['model']}.py").exists():
+        if (ROOT / f"configs/cifar10_{spec['model']}.py").exists() and not xla_defaults:
             ways[LOOP] = Way("loop", **spec)
         yield {"steps": {title: timed(title, ways, STEPS)}}
 
@@ -380,6 +386,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS), help="of revjax.list_models()")
     parser.add_argument("--depths", default="27,100", help="of the chains, in blocks")
     parser.add_argument("--batch", type=int, help="images a step; 100, or 32 of 224x224")
+    parser.add_argument("--xla_defaults", action="store_true", help="steps with XLA's own options")
     parser.add_argument("--smoke", action="store_true", help="small, anywhere, nothing recorded")
     parser.add_argument("--json", type=Path, default=RESULTS / "gpu.json")
     parser.add_argument("--process", help="for its own use")
@@ -402,7 +409,8 @@ def main() -> None:
     record = {}
     if arguments.json.exists() and not arguments.smoke:
         record = json.loads(arguments.json.read_text())
-    for found in smoke() if arguments.smoke else run(chosen, models, depths):
+    asked = chosen, models, depths, arguments.xla_defaults
+    for found in smoke() if arguments.smoke else run(*asked):
         for study, rows in found.items():
             record.setdefault(study, {}).update(rows)
         print(tables(found), flush=True)

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from revjax.recompute import after, checkpoint_step, recompute
+from revjax.recompute import after, apart, checkpoint_step, recompute
 
 SPECIAL = [0.0, -0.0, 1.5, jnp.inf, -jnp.inf, jnp.nan]
 
@@ -31,6 +31,27 @@ def test_after_under_vmap():
     x = jnp.arange(6.0).reshape(3, 2)
     chex.assert_trees_all_equal(jax.vmap(after)(x, x), x)
     chex.assert_trees_all_equal(jax.vmap(after, (None, 0), 0)(x, x), jnp.stack([x] * 3))
+
+
+def test_apart_is_the_identity_in_every_mode():
+    x = {"a": jnp.asarray(SPECIAL), "key": jax.random.key(0), "n": jnp.int32(7)}
+    for function in (apart, jax.jit(apart)):
+        got = function(x)
+        assert np.asarray(got["a"]).tobytes() == np.asarray(x["a"]).tobytes()
+        chex.assert_trees_all_equal((got["key"], got["n"]), (x["key"], x["n"]))
+    x, dx = jnp.arange(6.0).reshape(3, 2), jnp.ones((3, 2))
+    chex.assert_trees_all_equal(jax.vmap(apart)(x), x)
+    chex.assert_trees_all_equal(jax.jvp(apart, (x,), (dx,)), (x, dx))
+    hessian = jax.hessian(lambda x: jnp.sum(apart(x) ** 3))(x).reshape(6, 6)
+    chex.assert_trees_all_equal(hessian, jnp.diag(6 * x.ravel()))
+
+
+@pytest.mark.parametrize("platform, number", [("cpu", 0), ("cuda", 1), ("tpu", 1)])
+def test_apart_is_a_barrier_where_sums_have_several_orders(platform, number):
+    """For the value alone: none is put on the cotangent."""
+    step = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(apart(x)))))
+    text = step.trace(jnp.ones(3)).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("optimization_barrier") == number
 
 
 def test_a_replicated_input_under_shard_map():

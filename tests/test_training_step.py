@@ -105,6 +105,25 @@ def test_dispatches_do_not_change_a_bit(train_steps, begin, dispatches):
     chex.assert_trees_all_equal((state, report), expected)
 
 
+def test_a_step_without_loops_is_the_same(config, data):
+    """config.model.unroll: no scan over the units, and the same numbers but for how they round."""
+    images, labels = (jnp.asarray(a[:8]) for a in (data["train"].images, data["train"].labels))
+
+    def step_of(unroll):
+        model = dataclasses.replace(config.model, unroll=unroll, units=(3,))
+        deeper = dataclasses.replace(config, model=model, batch_size=8)
+        optimizer, mesh = make_optimizer(config.optim), make_mesh(config)
+        step = make_train_step(deeper, abstract_model(deeper), optimizer, mesh)
+        arguments = initial_state(deeper, optimizer), images.astype(jnp.float32) / 16, labels
+        traced = jax.jit(step).trace(*arguments)
+        return traced.jaxpr.pretty_print(use_color=False), jax.jit(step)(*arguments)
+
+    (scanned, due), (unrolled, got) = step_of(False), step_of(True)
+    assert "length=2" in scanned  # the units beside the first
+    assert unrolled != scanned
+    chex.assert_trees_all_close(got.params, due.params, rtol=1e-5, atol=1e-6)
+
+
 def test_report(train_steps, begin, config, data):
     """The sums are over the steps since the last logged one, here 6 and 7 of log_every 5."""
     state, step, losses, peaks = begin(), 0, [], []

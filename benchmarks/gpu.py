@@ -228,9 +228,7 @@ class Way:
     def __init__(self, study: str, **spec: Any):
         self.spec = spec
         command = [sys.executable, "-W", "ignore", __file__, "--process", json.dumps([study, spec])]
-        # Else the first process would take the GPU's memory for itself.
-        environ = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        pipe: Any = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ)
+        pipe: Any = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.process = subprocess.Popen(command, **pipe)
 
     def hear(self) -> Any:
@@ -241,7 +239,10 @@ class Way:
     def seconds(self, steps: int) -> float:
         """A step's."""
         print(steps, file=self.process.stdin, flush=True)
-        return self.hear() / steps
+        seconds = self.hear()
+        if seconds is None:
+            sys.exit(f"gpu.py: the process of {self.spec} has ended with {self.process.wait()}.")
+        return seconds / steps
 
 
 def product_rate(dtype: str) -> float:
@@ -268,12 +269,14 @@ def run(
     networks = [
         (f"{model}, batch {batch}, {dtype}", dict(model=model, batch=batch, dtype=dtype))
         for (model, batch), dtype in itertools.product(models, DTYPES)
-        if "reversible" in ways_of(model)
     ]
     if "gradients" in chosen:
         exact += [("gradients", title, Way("gradients", **spec)) for title, spec in networks]
     for study, title, way in exact:
-        yield {study: {title: list(iter(way.hear, None))}}
+        if rows := list(iter(way.hear, None)):
+            yield {study: {title: rows}}
+        else:
+            print(f"  {study}, {title}: failed", file=sys.stderr, flush=True)
     for title, spec in networks if "steps" in chosen else ():
         if xla_defaults:
             title, spec = f"XLA's defaults, {title}", spec | {"xla_defaults": True}
@@ -290,8 +293,11 @@ def smoke() -> Iterator[Row]:
     """The same of little."""
     chain = Way("chains", dtype="bfloat16", depths=[2], images=2, side=8)
     title, spec = "revnet38, batch 2, tf32", dict(model="revnet38", batch=2, dtype="tf32")
+    gradient = Way("gradients", **spec)
     ways = {"reversible": Way("steps", **spec, backward="reversible", unroll=False)}
+    ways[LOOP] = Way("loop", **spec)
     yield {"chains": {"bfloat16": list(iter(chain.hear, None))}}
+    yield {"gradients": {title: list(iter(gradient.hear, None))}}
     yield {"steps": {title: timed(title, ways, 1)}}
 
 
@@ -349,8 +355,6 @@ def tables(figures: Row) -> str:
                     title,
                     *(
                         f"{shown_error(row[error])}; {shown_error(row[f'statistics_{error}'])}"
-                        if error in row
-                        else ""
                         for error in errors
                     ),
                 )
@@ -401,6 +405,10 @@ def main() -> None:
     names = arguments.models.split(",")
     if unknown := set(names) - set(revjax.list_models()):
         parser.error(f"there is no model {', '.join(unknown)}; see revjax.list_models().")
+    if fixed := [name for name in names if "reversible" not in ways_of(name)]:
+        parser.error(f"{', '.join(fixed)} is no reversible network: give some as revnet38.")
+    # Else the first process would take the GPU's memory for itself.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if not arguments.smoke and jax.default_backend() != "gpu":
         sys.exit("gpu.py: JAX finds no GPU here; --smoke runs anywhere.")
     usual = {32: 100, 224: 32}  # images a step, by their side

@@ -55,6 +55,18 @@ def test_it_is_that_of_flax(training, dtype, tolerance):
         )
 
 
+def test_means_far_above_deviations_cost_no_more_than_in_flax():
+    """A hundred times: both take the variance for a difference of squares, which is what rounds."""
+    random = np.random.default_rng(1)
+    x, dy = (100 + random.normal(size=SHAPE)).astype(np.float32), random.normal(size=SHAPE)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        due, *_ = outcome(both(True, "float64")[0], jnp.asarray(x, "float64"), jnp.asarray(dy))
+        args = jnp.asarray(x), jnp.asarray(dy, "float32")
+        found = [outcome(norm, *args)[0] for norm in both(True, "float32")]
+    ours, theirs = (np.abs(np.float64(y) - np.float64(due)).max() for y in found)
+    assert ours <= 2 * theirs
+
+
 def test_constant_channels_have_finite_gradients():
     ours, _ = both(True, "float32")
     chex.assert_tree_all_finite(outcome(ours, jnp.full(SHAPE, 7.25), jnp.ones(SHAPE)))

@@ -265,9 +265,8 @@ def test_on_the_grid_gradients_and_inverse_are_exact(compute, tolerance):
         return found, ys[0], rev_chain_inverse(h, h, params, ys[0], gates=tuple(gates))
 
     (got, remat, due), y, back = steps(params, x, gates)
-    of_compiler = relative_error(remat, due)  # see gradient_errors of test_reversible.py
-    assert relative_error(got, due) <= max(tolerance, 2 * of_compiler)
-    assert of_compiler < 0.05
+    del remat
+    assert relative_error(got, due) <= tolerance
     chex.assert_trees_all_equal(back, revjax.round_to_grid(x, 14))
     assert relative_error(y, x) > 0.1
 

@@ -8,7 +8,7 @@ averages, the variance is the mean of the batches' variances.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -79,17 +79,18 @@ class Evaluator:
         began = time.monotonic()
         total_loss, total_correct, num_examples = 0.0, 0, 0
 
-        def parts() -> Iterator[Any]:
+        def parts() -> Generator[Any]:
             with closing(self.feed.evaluation(name)) as batches:
                 for batch, counted in batches:
                     votes = cast(self.mesh, stop.requested is not None)
                     yield self.eval_batch(params, variables, batch, counted, votes)
 
-        for loss, correct, number, agreed in _one_behind(parts()):
-            if agreed.stop:
-                return None
-            total_loss, total_correct = total_loss + float(loss), total_correct + int(correct)
-            num_examples += int(number)
+        with closing(parts()) as results:
+            for loss, correct, number, agreed in _one_behind(results):
+                if agreed.stop:
+                    return None
+                total_loss, total_correct = total_loss + float(loss), total_correct + int(correct)
+                num_examples += int(number)
         if not num_examples:
             raise DataError(f"no image of the split {name} can be decoded: is it the right data?")
         return {
@@ -111,7 +112,7 @@ class Evaluator:
             return state.variables
         total = self._no_statistics(state)
 
-        def votes_of_batches() -> Iterator[Votes]:
+        def votes_of_batches() -> Generator[Votes]:
             nonlocal total
             with closing(self.feed.statistics(num_batches)) as batches:
                 for batch in batches:
@@ -121,8 +122,9 @@ class Evaluator:
                     )
                     yield agreed
 
-        if any(agreed.stop for agreed in _one_behind(votes_of_batches())):
-            return None
+        with closing(votes_of_batches()) as results:
+            if any(agreed.stop for agreed in _one_behind(results)):
+                return None
         mean = jax.tree.map(lambda leaf: leaf / num_batches, total)
         return nnx.merge_state(state.variables, mean)
 

@@ -11,7 +11,7 @@ from revjax.training.errors import ConfigError, TrainingError
 # Keys that cannot change a number of the result: where the same bytes are read from (their
 # checksums are the data layer's concern), and when a checkpoint is written and kept.
 FREE_KEYS = ("data.dir", "data.source", "checkpoint_every", "keep_checkpoints")
-# The layout and the loops are free as well: they change numbers by how float32 is rounded alone.
+# The layout and the loops are free as well: they change numbers by how they are rounded alone.
 FREE_KEYS += ("mesh.data", "mesh.fsdp", "model.unroll")
 
 

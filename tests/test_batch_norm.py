@@ -1,5 +1,7 @@
 """BatchNorm against Flax's own, and the number of its sums over the batch."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ def both(training, dtype):
     """The same parameters and averages here and in Flax's BatchNorm."""
     conventions = CONVENTIONS["revnet"]
     ours = BatchNorm(3, conventions=conventions, dtype=dtype, rngs=nnx.Rngs(0))
-    constants = dict(momentum=conventions.decay, epsilon=conventions.epsilon)
+    constants: Any = dict(momentum=conventions.decay, epsilon=conventions.epsilon)
     theirs = nnx.BatchNorm(3, **constants, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
     random = np.random.default_rng(0)
     for name in ("scale", "bias", "mean", "var"):

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from revjax.batch_norm import BatchNorm
 from revjax.conv import conv
 from revjax.conventions import Conventions
 from revjax.recompute import recompute
@@ -85,7 +84,16 @@ class Activation(nnx.Module):
         if which == "relu":
             return
         dtype = stream_dtype(dtype)
-        self.norm = BatchNorm(channels, conventions=conventions, dtype=dtype, rngs=rngs)
+        self.norm = nnx.BatchNorm(
+            channels,
+            momentum=conventions.decay,
+            epsilon=conventions.epsilon,
+            dtype=dtype,
+            param_dtype=dtype,
+            rngs=rngs,
+        )
+        self.norm.mean = nnx.BatchStat(jnp.zeros(channels, dtype))
+        self.norm.var = nnx.BatchStat(jnp.ones(channels, dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.norm is not None:

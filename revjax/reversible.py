@@ -304,9 +304,11 @@ def _undo(h, coupling, gate, y, dy, dhalf, params, half, *operands):
     stored backprop: the order of a float sum matters, in bf16 to far more than the last bit.
     """
 
+    def with_half(params, half, *operands):
+        return h(params, apart(half), *operands)[0], half
+
     def run(y, dy, dhalf, params, half, *operands):
-        operands = params, apart(half), *operands
-        (residual, _), h_vjp = vjp(lambda *ops: (h(*ops)[0], ops[1]), *operands)
+        (residual, _), h_vjp = vjp(with_half, params, half, *operands)
         x = coupling.separate(y, residual)
         _, combine_vjp = vjp(coupling.combine, x, residual)
         dx, dresidual = combine_vjp(dy)

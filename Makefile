@@ -1,6 +1,6 @@
 # make train    train the digits RevNet; flags of train.py: make train ARGS="--config.steps=100"
 # make test     run the tests; flags of pytest: make test ARGS="-k coupling"
-# make faults   kill runs, fill disks, soak, and fuzz for long; see tests/faults/
+# make faults   kill runs and their processes, fill disks, soak, fuzz for long; see tests/faults/
 # make bench    time the ways to a gradient, which is long; see benchmarks/speed.py
 # make docs     build the documentation into site/; any warning is an error
 # make notebooks    execute notebooks/ into build/notebooks; OUT=notebooks refreshes what is committed
@@ -34,7 +34,7 @@ test: $(VENV)/test.stamp
 test-core: $(VENV)/test.stamp
 	$(PYTEST) $(CORE) $(ARGS)
 
-# At the lowest priority; the damage of every file of a checkpoint is among it.
+# At the lowest priority; the tests marked slow and the damage of every file of a checkpoint are among it.
 faults: $(VENV)/test.stamp
 	FUZZ_TIMES=10 nice -n 19 $(PYTEST) -m "slow or not slow" tests/faults \
 		tests/test_training_checkpoints.py

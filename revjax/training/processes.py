@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from typing import Any, cast
 
 import jax
@@ -21,6 +22,8 @@ from revjax.training.errors import ConfigError, TrainingError
 
 HEARTBEAT_SECONDS = 30  # after which JAX ends a process that waits for a machine out of reach
 JOIN_SECONDS = 120
+LEAVE_SECONDS = 120  # at the end JAX gives the last process so much longer than the first
+HEARING_SECONDS = 5
 GOODBYE = b"."
 
 
@@ -51,7 +54,7 @@ def join_processes(
             process,
             initialization_timeout=JOIN_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=LEAVE_SECONDS,
         )
     except ValueError as error:
         if any(value is not None for value in given) or "coordinator_address" not in str(error):
@@ -109,12 +112,15 @@ class Companions:
     an open connection to each of the others, over which nothing is said but a goodbye: whose end
     comes without one has died. JAX's own heartbeat sees only that a machine is out of reach.
 
-    In a `with` statement the goodbye is said at its end, unless an error ends it.
+    In a `with` statement the goodbye is said at its end, unless an error ends it, and the others'
+    is waited for. JAX aborts all processes where one comes to its end long before another, and
+    process 0 has the last checkpoint still to write.
     """
 
     def __init__(self) -> None:
         """Connect; at once where there is one process."""
         self._connections: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
         self._leaving = False
         if jax.process_count() == 1:
             return
@@ -138,7 +144,9 @@ class Companions:
         connection.settimeout(None)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._connections.append(connection)
-        threading.Thread(target=self._listen, args=(connection, process), daemon=True).start()
+        thread = threading.Thread(target=self._listen, args=(connection, process), daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def _listen(self, connection: socket.socket, process: int) -> None:
         try:
@@ -159,9 +167,19 @@ class Companions:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            for connection in self._connections:
+                with contextlib.suppress(OSError):  # it has died, which its thread is about to say
+                    connection.sendall(GOODBYE)
+            for thread in self._threads:
+                thread.join()
+        elif issubclass(kind, (jax.errors.JaxRuntimeError, ValueError)):  # JAX's, not of our own
+            # Perhaps since a device's process has died: then the thread that hears it ends this.
+            deadline = time.monotonic() + HEARING_SECONDS
+            for thread in self._threads:
+                thread.join(max(0.0, deadline - time.monotonic()))
         self._leaving = True
         for connection in self._connections:
-            with contextlib.suppress(OSError):  # it has left already
-                if kind is None:
-                    connection.sendall(GOODBYE)
-                connection.close()
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)  # at once, though its thread still has it
+            connection.close()

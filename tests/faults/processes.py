@@ -9,12 +9,15 @@ import orbax.checkpoint as ocp
 
 from revjax.training.metrics import read_rows
 
+SOON = 300  # what takes seconds may take so many on a machine that is busy
+AT_LAST = 1800  # and what takes a minute or two
 
-def finish(processes, seconds=600):
+
+def finish(processes):
     """The exit code, stdout and stderr of each."""
     ended = []
     for process in processes:
-        out, err = process.communicate(timeout=seconds)
+        out, err = process.communicate(timeout=AT_LAST)
         ended.append((process.returncode, out, err))
     return ended
 
@@ -49,7 +52,7 @@ def losses(workdir):
 
 def wait_for_checkpoint(processes, workdir):
     """Return when that of step 3 is there, and whole."""
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + AT_LAST
     while not (workdir / "checkpoints" / "3" / "files.json").exists():
         assert all(process.poll() is None for process in processes), finish(processes)
         assert time.monotonic() < deadline

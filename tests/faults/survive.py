@@ -67,6 +67,7 @@ def get_config():
 """
 
 
+HUNG = 1800  # seconds after which a run, which takes some ten, does not end any more
 # Anywhere in a line, as threads of libraries print their own errors meanwhile.
 SENTENCE = re.compile(r"train\.py: (?:the checkpoint|the workdir|a file) .*written.*")
 
@@ -227,10 +228,10 @@ def measure_full_disks(folder: Path, sizes: int, seed: int) -> dict[str, Any] | 
             workdir, size = disk / str(number), rng.randrange(4, whole, 4)
             remount(f"rw,size={size}k")
             ends = [runs.start(workdir)]
-            _, said = ends[0].communicate(timeout=120)
+            _, said = ends[0].communicate(timeout=HUNG)
             remount("ro")
             ends.append(runs.start(workdir))
-            _, refused = ends[1].communicate(timeout=120)
+            _, refused = ends[1].communicate(timeout=HUNG)
             remount("rw,size=64M")
             runs.finish(workdir)
             lost = differences(workdir, undisturbed, runs.steps)

@@ -6,7 +6,7 @@ import signal
 import numpy as np
 import pytest
 from images import encode
-from processes import differing, losses, run_all, wait_for_checkpoint
+from processes import differing, finish, losses, run_all, wait_for_checkpoint
 
 from revjax.data import batch_indices
 from revjax.training.metrics import read_rows
@@ -79,10 +79,10 @@ def test_processes_share_a_stream(start, tmp_path, folder):
     processes = start(2, 1, flag)
     wait_for_checkpoint(processes, tmp_path / "run")
     processes[1].send_signal(signal.SIGTERM)
-    stopped = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], stopped
-    assert re.search(rf"Stopped by .* at step \d+ of {STEPS}: saved in", stopped[0][0])
-    before = told(err for _, err in stopped)
+    stopped = finish(processes)
+    assert [code for code, *_ in stopped] == [0, 0], stopped
+    assert re.search(rf"Stopped by .* at step \d+ of {STEPS}: saved in", stopped[0][1])
+    before = told(err for *_, err in stopped)
     after = told(run_all(start, 2, 1, flag))
     assert np.add(before, after).tolist() == [0, 1]
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")

@@ -4,7 +4,8 @@ import math
 import re
 from typing import NamedTuple
 
-KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+KINDS = ("all-gather", "all-reduce", "all-to-all", "ragged-all-to-all", "reduce-scatter")
+KINDS += ("collective-broadcast", "collective-permute")
 # Those of a type of HLO; that of an exotic one, f8e4m3fn, say, begins with its bits.
 BITS = re.compile(r"[a-z]+(\d+)")
 

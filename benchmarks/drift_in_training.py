@@ -1,12 +1,12 @@
 """Exactness in training: the error of the reversible gradient at every evaluation of a run.
 
     python benchmarks/drift_in_training.py digits                      # minutes
-    python benchmarks/drift_in_training.py cifar10 [--data_dir DIR]    # a quarter of an hour on two cores
+    python benchmarks/drift_in_training.py cifar10 [--data_dir DIR]    # some minutes more
 
 Four runs of train.py, on the grid and off it, with convolutions in float32 and in bfloat16. At the
 step of every evaluation the state is kept, and the gradient of a batch of training images by
-backward="reversible" is held against that by "store"; and by "remat", which has the same forward
-pass in all its bits, so that what is left is the error of the reconstruction. Figures go to
+backward="reversible" is held against that by "store"; and by "remat", whose forward pass is
+compiled like that of the rule, so that what is left is the reconstruction's error. Figures go to
 benchmarks/results/drift_in_training.json, the plot of both data sets to
 docs/drift_in_training.png. Called again it goes on where it ended.
 """

@@ -260,12 +260,11 @@ def test_on_the_grid_gradients_and_inverse_are_exact(compute, tolerance):
 
     @compiled
     def steps(params, x, gates):
-        ways = [jax.grad(partial(loss, backward=b), (0, 1), has_aux=True) for b in BACKWARDS]
-        found, ys = zip(*(step(params, x, gates) for step in ways), strict=True)
-        return found, ys[0], rev_chain_inverse(h, h, params, ys[0], gates=tuple(gates))
+        ways = [jax.grad(partial(loss, backward=b), (0, 1), has_aux=True) for b in BACKWARDS[::2]]
+        (got, y), (due, _) = (step(params, x, gates) for step in ways)
+        return got, due, y, rev_chain_inverse(h, h, params, y, gates=tuple(gates))
 
-    (got, remat, due), y, back = steps(params, x, gates)
-    del remat
+    got, due, y, back = steps(params, x, gates)
     assert relative_error(got, due) <= tolerance
     chex.assert_trees_all_equal(back, revjax.round_to_grid(x, 14))
     assert relative_error(y, x) > 0.1

@@ -54,6 +54,12 @@ def test_apart_is_a_barrier_where_sums_have_several_orders(platform, number):
     assert text.count("optimization_barrier") == number
 
 
+def test_the_input_of_what_is_recomputed_is_kept_apart():
+    """Forward; backward `after` does it."""
+    forward = jax.make_jaxpr(lambda x: recompute(lambda x: (jnp.sin(x), ()), x))(jnp.ones(3))
+    assert str(forward).count("= apart ") == 1
+
+
 def test_a_replicated_input_under_shard_map():
     """Its gradient is the sum over devices."""
     mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))

@@ -49,11 +49,14 @@ docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build $(ARGS)
 	@echo "open site/index.html"
 
-# Two at a time; a cell that fails makes it fail. The kernel is that of the environment.
+# Two at a time; a cell that fails makes it fail. The kernel is that of the environment. It is reached by
+# sockets in a folder: of two that start at once over TCP, one may be told the port that the other took.
 OUT := build/notebooks
 notebooks: $(VENV)/docs.stamp
-	printf '%s\n' notebooks/*.ipynb | xargs -P 2 -n 1 $(RUN) -m nbconvert --log-level ERROR \
-		--to notebook --execute --ExecutePreprocessor.record_timing=False --output-dir $(OUT) $(ARGS)
+	sockets=$$(mktemp -d) && trap 'rm -rf "$$sockets"' EXIT && mkdir "$$sockets/notebooks" && \
+	printf '%s\n' notebooks/*.ipynb | xargs -P 2 -I {} $(RUN) -m nbconvert --log-level ERROR \
+		--to notebook --execute --ExecutePreprocessor.record_timing=False --output-dir $(OUT) \
+		--KernelManager.transport=ipc --KernelManager.ip="$$sockets/{}" $(ARGS) {}
 
 # What the others make first, alone.
 environment: $(VENV)/test.stamp

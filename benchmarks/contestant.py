@@ -118,23 +118,57 @@ def let_stages_keep_dear() -> None:
 def torch_chain(depth: int, batch: int, side: int, channels: int, way: str) -> Made:
     """The same chain in PyTorch: plain, with its checkpoint around each block, or by MemCNN."""
     import torch
-    from torch_chain import Chain, count_operations
+    from torch_models import Chain, count_operations
 
     torch.manual_seed(0)
-    chain = Chain(depth, channels, way)
-    x = torch.randn(batch, 2 * channels, side, side, requires_grad=True)
 
-    def step():
-        chain.zero_grad(set_to_none=True)
-        x.grad = None
-        if way == "memcnn":  # it frees the storage of what it is given
-            (chain(x.clone()) ** 2).sum().backward()
-        else:
+    def make(depth):
+        chain = Chain(depth, channels, way)
+        x = torch.randn(batch, 2 * channels, side, side, requires_grad=True)
+
+        def step():
+            chain.zero_grad(set_to_none=True)
+            x.grad = None
             (chain(x) ** 2).sum().backward()
-        return [x.grad, *(parameter.grad for parameter in chain.parameters())]
+            return [x.grad, *(parameter.grad for parameter in chain.parameters())]
 
-    operations = depth * count_operations(Chain(1, channels, way), x)
-    return step, {"operations": operations}
+        return step
+
+    return make(depth), {"operations": depth * count_operations(make(1))}
+
+
+def torch_network(name: str, batch: int, side: int, way: str) -> Made:
+    """The training step of a RevNet of `create_model` in PyTorch, as torch_chain's."""
+    import torch
+    from torch_models import RevNet, count_operations
+
+    import revjax
+
+    torch.manual_seed(0)
+    network = RevNet(num_classes=10, way=way, **revjax.models.architecture_of(name))
+    optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, weight_decay=2e-4)
+
+    def make(batch):
+        images = torch.randn(batch, 3, side, side)
+        labels = torch.arange(batch) % 10
+
+        def step():
+            optimizer.zero_grad(set_to_none=True)
+            torch.nn.functional.cross_entropy(network(images), labels).backward()
+            optimizer.step()
+
+        return step
+
+    operations = batch * count_operations(make(2)) // 2  # of 1 there would be nothing to normalise
+    return make(batch), {"operations": operations}
+
+
+STUDIES: dict[str, Callable[..., Made]] = {
+    "chain": jax_chain,
+    "network": jax_network,
+    "chain in PyTorch": torch_chain,
+    "network in PyTorch": torch_network,
+}
 
 
 def return_freed() -> None:
@@ -156,7 +190,7 @@ def process_peak_bytes() -> int:
 
 def main() -> None:
     spec = json.loads(sys.argv[1])
-    make = {"chain": jax_chain, "network": jax_network, "torch": torch_chain}[spec.pop("study")]
+    make = STUDIES[spec.pop("study")]
     if "error_against" in spec:
         reference = spec.pop("error_against")
         found, due = (flatten(make(**options)[0]()) for options in (spec, spec | reference))

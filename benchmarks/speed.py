@@ -5,11 +5,12 @@ Hardware:  a CPU with 24 GB of memory, on which nothing else should run; long in
 Figures:   benchmarks/results/speed.json, .md and .png, told in docs/performance.md
 
 chain      the gradient, by parameters and input, of a chain of blocks of two residual functions
-           BN-ReLU-conv3x3-BN-ReLU-conv3x3, 32 images of 32x32 and 16 + 16 channels, float32;
-           in PyTorch and by MemCNN too, where the extra "bench" is installed
+           BN-ReLU-conv3x3-BN-ReLU-conv3x3, 32 images of 32x32 and 16 + 16 channels, float32
 network    the training step of a network of create_model, as revjax.memory has it
 deep       the same of a RevNet of 1,000 reversible units, which is 4,002 layers
 compile    the time to trace and compile the reversible chain of 1,024 blocks, and of 16, in turns
+
+Chains and networks are there in PyTorch and by MemCNN, too, where the extra "bench" is installed.
 
 "Dear" is what products, convolutions and sums give. A stored form that keeps that alone evaluates
 the rest, normalisation and ReLU, again; an unrolled one XLA:CPU makes the stored, unrolled one.
@@ -187,17 +188,23 @@ def chain_specs(depth: int, batch: int, side: int, torch: bool) -> dict[str, dic
         for label, options in WAYS.items()
         if depth <= UNROLLED or "unroll" not in options
     }
-    if torch:
-        specs |= {label: dict(study="torch", **shape, way=way) for label, way in TORCH_WAYS.items()}
-    return specs
+    return specs | (torch_specs("chain in PyTorch", **shape) if torch else {})
 
 
-def network_specs(name: str, batch: int, side: int, **options: Any) -> dict[str, dict[str, Any]]:
-    return {
-        label: dict(study="network", name=name, batch=batch, side=side, **way, **options)
+def network_specs(
+    name: str, batch: int, side: int, torch: bool, **options: Any
+) -> dict[str, dict[str, Any]]:
+    shape = dict(name=name, batch=batch, side=side)
+    specs = {
+        label: dict(study="network", **shape, **way, **options)
         for label, way in WAYS.items()
         if label != "jax.checkpoint a block, unrolled"
     }
+    return specs | (torch_specs("network in PyTorch", **shape) if torch else {})
+
+
+def torch_specs(study: str, **shape: Any) -> dict[str, dict[str, Any]]:
+    return {label: dict(study=study, **shape, way=way) for label, way in TORCH_WAYS.items()}
 
 
 def measure_compilation(batch: int, side: int, rounds: int) -> dict[str, dict[str, Any]]:
@@ -224,7 +231,7 @@ def add_errors(rows: dict[str, Any], specs: dict[str, Any]) -> None:
         spec = specs[label]
         if label in STORING or "unroll" in spec:
             continue
-        torch = spec["study"] == "torch"
+        torch = label in TORCH_WAYS
         stored = {"way": "plain"} if torch else {"backward": "store", "dear": False}
         for dtype in ("float32",) if torch else ("float32", "bfloat16"):
             compute = {} if torch else {"dtype": dtype}
@@ -353,11 +360,11 @@ def main() -> None:
         large = usual_image(name) > 32 and not arguments.smoke
         size = (min(batch, 8), usual_image(name)) if large else (batch, side)
         title = f"{name}, training step, batch {size[0]}, {size[1]}x{size[1]}"
-        studies[title] = network_specs(name, *size), min(rounds, 3) if large else rounds, 0
+        studies[title] = network_specs(name, *size, torch), min(rounds, 3) if large else rounds, 0
     if "deep" in chosen:
         units = sum(deep["units"])
         title = f"RevNet of {units:,} units, training step, batch {batch}, {side}x{side}"
-        specs = {GRID: network_specs("revnet", batch, side, **deep)[GRID]}
+        specs = {GRID: network_specs("revnet", batch, side, torch=False, **deep)[GRID]}
         studies[title] = specs, min(rounds, 2), 0
 
     path = arguments.results and arguments.results / "speed.json"
@@ -378,7 +385,7 @@ def main() -> None:
         if 0 < depth <= ERRORS:
             add_errors(rows, specs)
         found = environment()
-        if torch and depth:
+        if not specs.keys().isdisjoint(TORCH_WAYS):
             packages = ("torch", "memcnn")
             found["versions"] |= {name: importlib.metadata.version(name) for name in packages}
         record[title] = {

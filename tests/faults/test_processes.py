@@ -32,6 +32,59 @@ def get_config():
     return config
 """
 
+UNDONE = """
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import revjax
+from revjax.training.mesh import put, replicated
+from revjax.training.processes import join_processes
+
+coordinator, number, process = sys.argv[1:]
+if number != "1":
+    join_processes(coordinator, int(number), int(process))
+mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+split = NamedSharding(mesh, PartitionSpec("data"))
+x = np.random.default_rng(0).standard_normal((2, 80, 8, 8, 8), np.float32)
+x = tuple(put(np.round(half * 2**14) / 2**14 + 0.0, split) for half in x)  # on the grid, no -0.0
+
+@jax.jit
+def differing(one, other):
+    one, other = (jax.lax.bitcast_convert_type(array, jnp.int32) for array in (one, other))
+    return jnp.sum(one != other)
+
+for grid_bits in (14, None):
+    options = dict(units=(4,), filters=(16, 16), grid_bits=grid_bits)
+    stage = revjax.create_model("revnet", 10, rngs=nnx.Rngs(0), **options).stages[0]
+    graph, state = nnx.split(stage)
+    state = put(state, replicated(mesh))
+    y = jax.jit(lambda state, x: nnx.merge(graph, state)(x))(state, x)
+    back = jax.jit(lambda state, y: nnx.merge(graph, state).inverse(y))(state, y)
+    print(int(sum(map(differing, back, x))))
+"""
+
+
+def run_script(tmp_path, script, number, devices, *arguments):
+    """Run a script in some processes; the exit code, stdout and stderr of each.
+
+    Its arguments are process 0's address, how many there are and which this is, and then others.
+    """
+    (tmp_path / "script.py").write_text(script)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        line = [f"127.0.0.1:{free.getsockname()[1]}", str(number)]
+    line = [sys.executable, str(tmp_path / "script.py"), *line]
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(train.__file__)}
+    environment |= {"JAX_NUM_CPU_DEVICES": str(devices), "NPROC": str(2 * devices), "XLA_FLAGS": ""}
+    pipes: Any = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return finish(
+        [subprocess.Popen([*line, str(process), *arguments], **pipes) for process in range(number)]
+    )
+
 
 @pytest.mark.parametrize("fsdp", [1, 8])
 def test_losses_do_not_depend_on_the_layout(start, tmp_path, fsdp):
@@ -56,6 +109,17 @@ def test_the_reconstruction_is_exact(start, tmp_path, processes, devices):
         flag = f"--config.model.backward={backward}"
         run_all(start, processes, devices, flag, workdir=backward)
     assert differing(tmp_path / "reversible", tmp_path / "remat", 6) == []
+
+
+@pytest.mark.parametrize("processes_and_devices", LAYOUTS)
+def test_a_stage_is_undone_to_the_bit(tmp_path, processes_and_devices):
+    """By an optimised program; without a grid it is not, as is to be seen there."""
+    ended = run_script(tmp_path, UNDONE, *processes_and_devices)
+    assert [code for code, *_ in ended] == [0] * len(ended), ended
+    for _, out, _ in ended:
+        on_grid, plain = map(int, out.split()[-2:])
+        assert on_grid == 0
+        assert plain > 1000
 
 
 @pytest.mark.parametrize("told", [0, 1])
@@ -95,9 +159,9 @@ ALONE = """
 import os, sys, time
 from revjax.training import processes
 
-_, port, process, what = sys.argv
+coordinator, number, process, what = sys.argv[1:]
 processes.LEAVE_SECONDS = 3
-processes.join_processes(f"127.0.0.1:{port}", 2, int(process))
+processes.join_processes(coordinator, int(number), int(process))
 
 class Slow:
     def __init__(self, connection):
@@ -125,25 +189,14 @@ with processes.Companions():
 """
 
 
-def two(tmp_path, what):
-    """Two processes that do so little; the exit code, stdout and stderr of each."""
-    (tmp_path / "alone.py").write_text(ALONE)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    line = [sys.executable, str(tmp_path / "alone.py"), str(port)]
-    environment = os.environ | {"PYTHONPATH": os.path.dirname(train.__file__)}
-    pipes: Any = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    return finish([subprocess.Popen([*line, str(process), what], **pipes) for process in (0, 1)])
-
-
 @pytest.mark.parametrize("longer", ["0", "1"])
 def test_a_process_may_take_longer_to_end(tmp_path, longer):
     """As process 0 does with a last checkpoint; JAX alone would abort both."""
-    ended = two(tmp_path, longer)
+    ended = run_script(tmp_path, ALONE, 2, 1, longer)
     assert [code for code, *_ in ended] == [0, 0], ended
 
 
 def test_a_death_is_told_where_it_is_felt_before_it_is_heard_of(tmp_path):
-    (code, _, err), _ = two(tmp_path, "die")
+    (code, _, err), _ = run_script(tmp_path, ALONE, 2, 1, "die")
     assert code == 1
     assert "train.py: process 1 of the run has ended" in err

@@ -16,7 +16,8 @@ The order of decisions, numbered as in main():
  7. The result: summary.json, curves.png, and a table.
 
 A run is a function of its config: it may be stopped or killed at any time, and started again by
-the same command it ends in the same parameters, bit for bit on the same machine. Of several
+the same command it ends in the same parameters: bit for bit on the same machine's CPUs; on a GPU,
+where each start compiles anew and may choose other algorithms, but for rounding. Of several
 processes the first alone reads and writes the workdir, which gets config.json, metrics.jsonl,
 tensorboard/, checkpoints/, and at the end summary.json and curves.png.
 

@@ -69,6 +69,7 @@ STEPS, TURNS = 40, 5
 WAYS = [*itertools.product(("store", "remat", "reversible"), (False, True))]
 LOOP = "train.py, reversible, unrolled"
 Row = dict[str, Any]
+Found = tuple[str, str, Any, list[str]]  # of a study a table: its title, its rows; what has failed
 
 
 # What a process does ----------------------------------------------------------------------------
@@ -260,8 +261,8 @@ def product_rate(dtype: str) -> float:
 
 def run(
     chosen: list[str], models: list[tuple[str, int]], depths: list[int], xla_defaults: bool
-) -> Iterator[Row]:
-    """Figures as they are there: of a study a table, by its title its rows."""
+) -> Iterator[Found]:
+    """Figures as they are there."""
     exact: list[tuple[str, str, Way]] = []
     if "chains" in chosen:
         spec = dict(depths=depths, images=32, side=32)
@@ -273,10 +274,8 @@ def run(
     if "gradients" in chosen:
         exact += [("gradients", title, Way("gradients", **spec)) for title, spec in networks]
     for study, title, way in exact:
-        if rows := list(iter(way.hear, None)):
-            yield {study: {title: rows}}
-        else:
-            print(f"  {study}, {title}: failed", file=sys.stderr, flush=True)
+        rows = list(iter(way.hear, None))
+        yield study, title, rows, [] if rows else [f"{study}, {title}"]
     for title, spec in networks if "steps" in chosen else ():
         if xla_defaults:
             title, spec = f"XLA's defaults, {title}", spec | {"xla_defaults": True}
@@ -286,27 +285,29 @@ def run(
         }
         if (ROOT / f"configs/cifar10_{spec['model']}.py").exists() and not xla_defaults:
             ways[LOOP] = Way("loop", **spec)
-        yield {"steps": {title: timed(title, ways, STEPS)}}
+        yield timed(title, ways, STEPS)
 
 
-def smoke() -> Iterator[Row]:
+def smoke() -> Iterator[Found]:
     """The same of little."""
     chain = Way("chains", dtype="bfloat16", depths=[2], images=2, side=8)
     title, spec = "revnet38, batch 2, tf32", dict(model="revnet38", batch=2, dtype="tf32")
     gradient = Way("gradients", **spec)
     ways = {"reversible": Way("steps", **spec, backward="reversible", unroll=False)}
     ways[LOOP] = Way("loop", **spec)
-    yield {"chains": {"bfloat16": list(iter(chain.hear, None))}}
-    yield {"gradients": {title: list(iter(gradient.hear, None))}}
-    yield {"steps": {title: timed(title, ways, 1)}}
+    yield "chains", "bfloat16", list(iter(chain.hear, None)), []
+    yield "gradients", title, list(iter(gradient.hear, None)), []
+    yield timed(title, ways, 1)
 
 
-def timed(title: str, ways: dict[str, Way], number: int) -> dict[str, Row]:
+def timed(title: str, ways: dict[str, Way], number: int) -> Found:
     """What each way says of itself, with its times in turns; nothing of one that has failed."""
-    rows = {}
+    rows, failed = {}, []
     for label, way in ways.items():
         if said := way.hear():
             rows[label] = said | {"seconds": []}
+        else:
+            failed.append(f"{title}, {label}")
         print(f"  {title}: {label}{'' if said else ': failed'}", file=sys.stderr, flush=True)
     for _ in range(TURNS):
         for label, row in rows.items():
@@ -316,7 +317,7 @@ def timed(title: str, ways: dict[str, Way], number: int) -> dict[str, Row]:
         row["floor_seconds"] = row["operations"] / rate
     for way in ways.values():
         way.process.kill()
-    return rows
+    return "steps", title, rows, failed
 
 
 # Reporting --------------------------------------------------------------------------------------
@@ -414,18 +415,23 @@ def main() -> None:
     usual = {32: 100, 224: 32}  # images a step, by their side
     models = [(name, arguments.batch or usual[usual_image(name)]) for name in names]
     depths = [int(depth) for depth in arguments.depths.split(",")]
-    record = {}
+    record: Row = {}
     if arguments.json.exists() and not arguments.smoke:
         record = json.loads(arguments.json.read_text())
     asked = chosen, models, depths, arguments.xla_defaults
-    for found in smoke() if arguments.smoke else run(*asked):
-        for study, rows in found.items():
-            record.setdefault(study, {}).update(rows)
-        print(tables(found), flush=True)
+    missing = []
+    for study, title, rows, failed in smoke() if arguments.smoke else run(*asked):
+        missing += failed
+        if not rows:
+            continue
+        print(tables({study: {title: rows}}), flush=True)
         if not arguments.smoke:
-            record["environment"] = environment()
+            record.setdefault(study, {})[title] = rows
+            record.setdefault("environments", {})[f"{study}: {title}"] = environment()
             arguments.json.write_text(json.dumps(record, indent=1) + "\n")
             arguments.json.with_suffix(".md").write_text(tables(record))
+    if missing:
+        sys.exit(f"gpu.py: these have failed, as they say above: {'; '.join(missing)}.")
 
 
 if __name__ == "__main__":

@@ -26,11 +26,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from collectives import Collective, read_collectives
 from jax.sharding import Mesh
 from record import RESULTS, ROOT, environment
 
 from revjax.data import find_normalization
-from revjax.memory.collectives import Collective, read_collectives
 from revjax.memory.report import compile_with_report
 from revjax.memory.target import find_chips
 from revjax.models import list_models

@@ -332,7 +332,9 @@ def main() -> None:
     chosen = arguments.studies or STUDIES
     if unknown := set(chosen) - set(STUDIES):
         parser.error(f"there is no study {', '.join(unknown)}; there are {', '.join(STUDIES)}.")
-    if unknown := set(arguments.models) - {name for name in list_models() if "rev" in name}:
+    if unknown := set(arguments.models) - {
+        name for name in list_models() if name.startswith("revnet")
+    }:
         parser.error(f"--models: {', '.join(unknown)} is no RevNet of revjax.list_models().")
     if min(arguments.depths) < 1 or arguments.batch < 1 or arguments.rounds < 1:
         parser.error("--depths, --batch and --rounds must be 1 or more.")

@@ -1,7 +1,8 @@
 """The papers' tables of test errors, each row a config of configs/ with what was published for it.
 
 Sources: `revnet_cifar` is the re-run of the RevNet authors' code that MemCNN's README reports (100
-less its accuracies); the others are the papers' own. `digits` has nothing published: it holds the
+less its accuracies); the others are the papers' own. `cifar_epoch` and `digits` have nothing
+published: the first has too few steps for that, the second holds the
 ways to the gradient of one small network against each other.
 """
 
@@ -91,6 +92,15 @@ def stochastic_depth() -> dict[str, Row]:
     return _of_file("stochastic_depth", published)
 
 
+def cifar_epoch() -> dict[str, Row]:
+    """One epoch, 500 steps of 100 images, of the smallest pair of Gomez et al. 2017."""
+    flags = ("--config.steps=500", "--config.eval_every=500", "--config.checkpoint_every=100")
+    return {
+        f"cifar10_{network}": Row(f"configs/cifar10_{network}.py", None, flags)
+        for network in PAIRS[0]
+    }
+
+
 def digits() -> dict[str, Row]:
     """One small network by every way to its gradient: 300 steps on scans of digits, no download."""
     short = ("--config.steps=300", "--config.optim.boundaries=(180,255)")
@@ -132,5 +142,6 @@ TABLES = {
     "revnet_cifar": revnet_cifar,
     "identity_mappings": identity_mappings,
     "stochastic_depth": stochastic_depth,
+    "cifar_epoch": cifar_epoch,
     "digits": digits,
 }

@@ -42,7 +42,7 @@ def run_if(gate: jax.Array | None, run: Callable, skip: Callable, *operands: PyT
 def keep_dear(run: Callable) -> Callable:
     """Run, of which stored backpropagation keeps what products, convolutions and sums give.
 
-    The rest is evaluated again: on a CPU that costs less than the memory to keep it.
+    The rest, normalisation and activations, is evaluated again.
     """
     return jax.checkpoint(run, policy=_is_dear, prevent_cse=False)
 

@@ -51,7 +51,8 @@ def apart(x: PyTree) -> PyTree:
 
     A GPU's compiler sums values up in one order as it computes them, and in another as it reads
     them; and of the two evaluations of a residual function only one has its input in memory. On a
-    CPU, where a sum has one order, nothing is done. Nor is anything done to the cotangent.
+    CPU, whose two evaluations are the same bits without it, nothing is done. Nor is anything done
+    to the cotangent.
     """
     floating, others = partition(x)
     return merge(jax.tree.map(_apart_p.bind, floating), others)

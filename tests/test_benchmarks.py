@@ -1,7 +1,6 @@
 """The benchmarks run, in their smallest form, and leave the recorded figures alone."""
 
 import dataclasses
-import importlib
 import importlib.util
 import json
 import subprocess
@@ -9,11 +8,13 @@ import sys
 from pathlib import Path
 
 import jax
+import pod
 import pytest
+import throughput
+from collectives import Array, Collective
 
 import revjax
 from revjax.data import DataError
-from revjax.memory.collectives import Array, Collective
 from revjax.training.errors import TrainingError
 from revjax.training.mesh import split_over_fsdp
 
@@ -71,18 +72,14 @@ def test_throughput_fails_with_a_sentence(error, monkeypatch):
     def fail(*_: object) -> None:
         raise error("the run went wrong.")
 
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    throughput = importlib.import_module("throughput")
     monkeypatch.setattr(throughput, "measure", fail)
     monkeypatch.setattr(sys, "argv", ["throughput.py"])
     with pytest.raises(SystemExit, match=r"^throughput\.py: the run went wrong\.$"):
         throughput.main()
 
 
-def test_what_a_pod_moves(monkeypatch):
+def test_what_a_pod_moves():
     """Each split parameter once, the gradient of each kernel once, and no activation."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    pod = importlib.import_module("pod")
     config = pod.config_of("revnet104", "reversible", 44, 2)
     small = dict(name="revnet", units=(3,), filters=(16, 32), bottleneck=False)
     config = dataclasses.replace(

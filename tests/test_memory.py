@@ -179,6 +179,11 @@ def test_largest_batch(available, known):
     assert len(asked) <= 12
 
 
+def test_largest_batch_where_parameters_are_most_of_it():
+    """One image less than fits is more than 1% of the batch, and hardly anything of the memory."""
+    assert 198 <= largest_batch(lambda batch: 10**6 + 20 * batch, 10**6 + 4_000) <= 200
+
+
 def test_largest_batch_where_the_compiler_refuses():
     """As that for TPUs refuses a program that does not fit."""
 

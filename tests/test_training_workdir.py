@@ -14,6 +14,8 @@ CONFIG = {
     "seed": 0,
     "checkpoint_every": 10,
     "data": {"name": "digits", "dir": None},
+    "model": {"unroll": False},
+    "mesh": {"data": -1, "fsdp": 1},
     "optim": {"boundaries": (10, 20), "learning_rate": 0.1},
 }
 
@@ -55,7 +57,15 @@ def test_the_same_config_goes_on(workdir):
 
 
 @pytest.mark.parametrize(
-    "free", [{"data__dir": "/elsewhere"}, {"checkpoint_every": 3}, {"steps": 200}, {"steps": 10}]
+    "free",
+    [
+        {"data__dir": "/elsewhere"},
+        {"checkpoint_every": 3},
+        {"steps": 200},
+        {"steps": 10},
+        {"model__unroll": True},
+        {"mesh__fsdp": 2},
+    ],
 )
 def test_what_may_change(workdir, free):
     check_same_config(workdir, changed(**free))

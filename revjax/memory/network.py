@@ -139,23 +139,25 @@ def largest_batch(
             Infinite where it is too large to say.
         available: bytes.
         known: peaks by batch, if some are.
-        tolerance: the batch is good enough where its peak is that near to `available`, or a batch
-            that much larger is known not to fit.
+        tolerance: the batch is good enough where one larger by that share of it does not fit, as
+            is known, or by that line.
     """
     peaks = {0: 0.0, **(known or {1: peak_bytes(1)})}
     while True:
         fits = max(batch for batch, peak in peaks.items() if peak <= available)
         too_large = min((batch for batch, peak in peaks.items() if peak > available), default=None)
         step = max(1, int(tolerance * fits))
-        near = peaks[fits] >= (1 - tolerance) * available and fits > 0
-        if near or (too_large is not None and too_large - fits <= step):
+        if too_large is not None and too_large - fits <= step:
             return fits
-        finite = [batch for batch, peak in peaks.items() if peak < math.inf]
-        if len(finite) > 1:
-            aim = (1 - tolerance / 2) * available
-            a, b = sorted(finite, key=lambda batch: abs(peaks[batch] - aim))[:2]
+        finite = [batch for batch, peak in peaks.items() if batch and peak < math.inf]
+        if finite:
+            nearest = sorted(finite, key=lambda batch: abs(peaks[batch] - available))
+            a, b = [*nearest, 0][:2]  # of one alone the next is told by the line through zero
             slope = max((peaks[b] - peaks[a]) / (b - a), 1)
-            batch = max(int(a + (aim - peaks[a]) / slope), fits + step)
+            due = a + (available - peaks[a]) / slope
+            if len(finite) > 1 and 0 < (1 - tolerance) * due <= fits:
+                return fits
+            batch = max(int((1 - tolerance / 2) * due), fits + step)
         else:
             batch = 1 if too_large is None else too_large // 2
         if too_large is None:

@@ -168,11 +168,12 @@ class Companions:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
-            for connection in self._connections:
-                with contextlib.suppress(OSError):  # it has died, which its thread is about to say
-                    connection.sendall(GOODBYE)
+            if not is_first():
+                self._say_goodbye()
             for thread in self._threads:
                 thread.join()
+            if is_first():  # it has heard all of the others, who leave when they hear it
+                self._say_goodbye()
         elif issubclass(kind, (jax.errors.JaxRuntimeError, ValueError)):  # JAX's, not of our own
             # Perhaps since a device's process has died: then the thread that hears it ends this.
             deadline = time.monotonic() + HEARING_SECONDS
@@ -183,3 +184,8 @@ class Companions:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)  # at once, though its thread still has it
             connection.close()
+
+    def _say_goodbye(self) -> None:
+        for connection in self._connections:
+            with contextlib.suppress(OSError):  # it has died, which its thread is about to say
+                connection.sendall(GOODBYE)

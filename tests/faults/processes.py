@@ -33,7 +33,9 @@ def run_all(start, processes, devices, *flags, workdir="run"):
 def state_of(workdir, step):
     """The arrays of a checkpoint by their names, read by orbax alone."""
     with ocp.StandardCheckpointer() as checkpointer:
-        state: Any = checkpointer.restore(workdir / "checkpoints" / str(step) / "state")
+        state: Any = checkpointer.restore(
+            (workdir / "checkpoints" / str(step) / "state").absolute()
+        )
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 

@@ -41,9 +41,8 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import jax  # noqa: E402
 import numpy as np  # noqa: E402
-import orbax.checkpoint as ocp  # noqa: E402
+from processes import state_of  # noqa: E402
 from record import RESULTS, environment  # noqa: E402
 
 from revjax.training.metrics import read_rows  # noqa: E402
@@ -161,17 +160,12 @@ def kill(runs: Runs, workdir: Path, kills: int, rng: random.Random) -> Iterator[
         }
 
 
-def state_of(workdir: Path, step: int) -> Any:
-    """The arrays of a checkpoint, read by orbax alone."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore((workdir / "checkpoints" / str(step) / "state").absolute())
-
-
 def differences(workdir: Path, other: Path, step: int) -> dict[str, int]:
     """How many elements of the state, and how many rows of metrics, two runs have not in common."""
-    ours, theirs = (jax.tree.leaves(state_of(run, step)) for run in (workdir, other))
-    pairs = zip(map(np.asarray, ours), map(np.asarray, theirs), strict=True)
-    elements = sum(int((a != b).sum()) if a.shape == b.shape else a.size for a, b in pairs)
+    ours, theirs = state_of(workdir, step), state_of(other, step)
+    if ours.keys() != theirs.keys():
+        raise ValueError(f"{workdir} and {other} hold other arrays at step {step}.")
+    elements = sum(differing_elements(ours[name], theirs[name]) for name in ours)
 
     def rows(run):
         kept = [dict(row, images_per_second=0) for row in read_rows(run)]
@@ -180,6 +174,14 @@ def differences(workdir: Path, other: Path, step: int) -> dict[str, int]:
     mine, due = rows(workdir), rows(other)
     wrong = sum(a != b for a, b in zip(mine, due, strict=False)) + abs(len(mine) - len(due))
     return {"elements": elements, "rows": wrong, "of_rows": len(due)}
+
+
+def differing_elements(one: np.ndarray, other: np.ndarray) -> int:
+    """How many have not the same bits; all of them where shapes or dtypes differ."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return one.size
+    bits = [array.reshape(-1).view(np.uint8).reshape(-1, one.itemsize) for array in (one, other)]
+    return int((bits[0] != bits[1]).any(1).sum())
 
 
 def measure_kills(folder: Path, kills: int, seed: int) -> dict[str, Any]:

@@ -189,11 +189,11 @@ with processes.Companions():
 """
 
 
-@pytest.mark.parametrize("longer", ["0", "1"])
+@pytest.mark.parametrize("longer", ["0", "1", "2"])
 def test_a_process_may_take_longer_to_end(tmp_path, longer):
-    """As process 0 does with a last checkpoint; JAX alone would abort both."""
-    ended = run_script(tmp_path, ALONE, 2, 1, longer)
-    assert [code for code, *_ in ended] == [0, 0], ended
+    """As process 0 does with a last checkpoint; JAX alone would abort all."""
+    ended = run_script(tmp_path, ALONE, 3, 1, longer)
+    assert [code for code, *_ in ended] == [0, 0, 0], ended
 
 
 def test_a_death_is_told_where_it_is_felt_before_it_is_heard_of(tmp_path):

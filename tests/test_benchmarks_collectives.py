@@ -3,9 +3,8 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from collectives import Array, Collective, read_collectives
 from jax.sharding import PartitionSpec as P
-
-from revjax.memory.collectives import Array, Collective, read_collectives
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@
 Four runs of train.py, on the grid and off it, with convolutions in float32 and in bfloat16. At the
 step of every evaluation the state is kept, and the gradient of a batch of training images by
 backward="reversible" is held against that by "store"; and by "remat", whose forward pass is
-compiled like that of the rule, so that what is left is the reconstruction's error. Figures go to
-benchmarks/results/drift_in_training.json, the plot of both data sets to
-docs/drift_in_training.png. Called again it goes on where it ended.
+compiled like that of the rule, so that what is left is the reconstruction's error, or the order in
+which cotangents are summed. Figures go to benchmarks/results/drift_in_training.json, the plot of
+both data sets to docs/drift_in_training.png. Called again it goes on where it ended.
 """
 
 import argparse
@@ -125,21 +125,25 @@ def errors_of_run(flags: list[str], workdir: Path) -> list[dict[str, Any]]:
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """The errors over the steps, a panel for each data set."""
-    figure = Figure(figsize=(5 * len(record), 3.6), layout="constrained")
+    """The errors over the steps: a column for each data set, a row for what they are against."""
+    errors = {"gradient_error": "stored activations", "error_against_remat": "jax.checkpoint"}
+    figure = Figure(figsize=(5 * len(record), 3 * len(errors)), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(record), sharey=True, squeeze=False)[0]
-    for axes, run in zip(panels, record.values(), strict=True):
-        _panel(axes, run["forms"])
-        axes.set(title=Path(run["config"]).stem, xlabel="training step")
-    panels[0].set_ylabel("relative error of the gradient")
-    panels[-1].legend(loc="upper right", fontsize=8)
-    figure.savefig(path, dpi=100)
+    panels = figure.subplots(len(errors), len(record), sharex="col", sharey=True, squeeze=False)
+    for row, (error, against) in zip(panels, errors.items(), strict=True):
+        for axes, run in zip(row, record.values(), strict=True):
+            _panel(axes, run["forms"], error)
+        row[0].set_ylabel(f"gradient's relative error\nagainst {against}")
+    for top, bottom, run in zip(panels[0], panels[-1], record.values(), strict=True):
+        top.set_title(Path(run["config"]).stem)
+        bottom.set_xlabel("training step")
+    panels[0, -1].legend(loc="upper right", fontsize=8)
+    figure.savefig(path, dpi=80)
 
 
-def _panel(axes: Axes, forms: dict[str, list[dict[str, Any]]]) -> None:
+def _panel(axes: Axes, forms: dict[str, list[dict[str, Any]]], error: str) -> None:
     for label, rows in forms.items():
-        steps, errors = [row["step"] for row in rows], [row["gradient_error"] for row in rows]
+        steps, errors = [row["step"] for row in rows], [row[error] for row in rows]
         style = "-o" if label.startswith("grid") else "--s"
         axes.plot(steps, errors, style, label=label, markersize=4, clip_on=False)
     # Linear below, so that an error of zero has a place.

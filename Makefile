@@ -16,7 +16,7 @@ RUN := $(VENV)/bin/python
 # Tests run side by side; ARGS="-n 0" runs them in one process, for a debugger.
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 CORE := tests/test_coupling.py tests/test_reversible.py tests/test_conv.py tests/test_models.py \
-	tests/test_recompute.py
+	tests/test_recompute.py tests/test_training_compiler.py
 
 .PHONY: help train test test-core faults bench docs notebooks environment lint format clean interpreter
 .NOTPARALLEL:
@@ -30,7 +30,8 @@ train: $(VENV)/train.stamp
 test: $(VENV)/test.stamp
 	$(PYTEST) $(ARGS)
 
-# The tests of the rule and the networks alone: what a further version of JAX has to pass.
+# The tests of the rule, the networks and what the compiler is asked: what a further version of JAX has
+# to pass.
 test-core: $(VENV)/test.stamp
 	$(PYTEST) $(CORE) $(ARGS)
 

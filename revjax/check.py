@@ -231,9 +231,9 @@ def check_reversible(
 
 
 def relative_error(got: PyTree, due: PyTree) -> float:
-    """`|got - due| / |due|`, the 2-norm over all leaves together, in float64."""
+    """`|got - due| / |due|`, the 2-norm over all leaves together, in float64; NaN of infinities."""
     got, due = _flat(got), _flat(due)
-    difference, size = np.linalg.norm(got - due), np.linalg.norm(due)
+    difference, size = np.linalg.norm(_minus(got, due)), np.linalg.norm(due)
     if not size:  # as of functions without parameters
         return math.inf if difference else 0.0
     return float(difference / size)
@@ -246,9 +246,14 @@ def _flat(tree):
 
 
 def largest_difference(a: PyTree, b: PyTree) -> float:
-    """The largest `|a - b|` of floating leaves."""
+    """The largest `|a - b|` of floating leaves; NaN of infinities."""
     (a, _), (b, _) = partition(a), partition(b)
-    return float(np.abs(_flat(a) - _flat(b)).max(initial=0.0))
+    return float(np.abs(_minus(_flat(a), _flat(b))).max(initial=0.0))
+
+
+def _minus(a, b):
+    with np.errstate(invalid="ignore"):  # infinity minus infinity, which is NaN
+        return a - b
 
 
 def _all_finite(tree):

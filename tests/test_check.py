@@ -96,6 +96,13 @@ def test_numbers_that_are_none_are_found():
     assert str(report).count("NOT OK") == 1  # the rest follows from it
 
 
+def test_infinities_are_found():
+    report = check_reversible(dense, dense, PARAMS, (X[0], jnp.full_like(X[1], jnp.inf)))
+    assert not report.finite
+    assert not report.ok
+    assert np.isnan(report.inverse_error)
+
+
 @pytest.mark.parametrize("coupling", [revjax.additive, revjax.affine])
 def test_without_a_grid_errors_are_reported_and_no_fault(coupling):
     def h(w, x):

@@ -118,6 +118,7 @@ def sentence(monkeypatch):
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@jax.numpy_dtype_promotion("standard")  # optax's Adam is not strict
 def trace(config: Config) -> None:
     """Trace the program of a run, whose numbers are then known to fit their dtypes."""
     model, optimizer = abstract_model(config), make_optimizer(config.optim)

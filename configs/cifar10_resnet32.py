@@ -1,10 +1,10 @@
 """ResNet-32 on CIFAR-10, by the RevNet authors' recipe: 80,000 steps of 100 images.
 
 Command:   python train.py --config configs/cifar10_resnet32.py
-Hardware:  not run yet
-Time:      not run yet
-Accuracy:  not run yet
-n:         0
+Hardware:  not run to its end yet; the first 500 steps, an epoch, on one core of a CPU, JAX 0.10.2
+Time:      889 s for those, beside other work
+Accuracy:  61.57% after 500 steps
+n:         0 whole runs
 """
 
 from ml_collections import ConfigDict

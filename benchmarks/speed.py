@@ -1,7 +1,7 @@
 """Time and memory of a gradient, or of a training step, by each way to it, side by side.
 
 Command:   python benchmarks/speed.py [chain] [network] [deep] [compile] [--models NAME] [--help]
-Hardware:  a CPU with 24 GB of memory, on which nothing else should run; long in all
+Hardware:  a CPU with 24 GB of memory, on which nothing else should run; 43 minutes on 2 cores
 Figures:   benchmarks/results/speed.json, .md and .png, told in docs/performance.md
 
 chain      the gradient, by parameters and input, of a chain of blocks of two residual functions
@@ -84,6 +84,7 @@ KEPT_HALVES = {"store": 4, "remat": 2, "reversible": 0}
 # Colours of Okabe and Ito.
 STYLES = {
     STORED: dict(color="#D55E00", marker="s"),
+    STORED_DEAR: dict(color="#CC79A7", marker="D"),
     "jax.checkpoint a block, scanned": dict(color="#E69F00", marker="^"),
     GRID: dict(color="#0072B2", marker="o"),
     "PyTorch": dict(color="#999999", marker="s", linestyle="--"),

@@ -142,10 +142,10 @@ def torch_network(name: str, batch: int, side: int, way: str) -> Made:
     import torch
     from torch_models import RevNet, count_operations
 
-    import revjax
+    from revjax.models import architecture_of
 
     torch.manual_seed(0)
-    network = RevNet(num_classes=10, way=way, **revjax.models.architecture_of(name))
+    network = RevNet(num_classes=10, way=way, **architecture_of(name))
     optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, weight_decay=2e-4)
 
     def make(batch):

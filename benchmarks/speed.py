@@ -333,9 +333,8 @@ def main() -> None:
     chosen = arguments.studies or STUDIES
     if unknown := set(chosen) - set(STUDIES):
         parser.error(f"there is no study {', '.join(unknown)}; there are {', '.join(STUDIES)}.")
-    if unknown := set(arguments.models) - {
-        name for name in list_models() if name.startswith("revnet")
-    }:
+    revnets = {name for name in list_models() if name.startswith("revnet")}
+    if unknown := set(arguments.models) - revnets:
         parser.error(f"--models: {', '.join(unknown)} is no RevNet of revjax.list_models().")
     if min(arguments.depths) < 1 or arguments.batch < 1 or arguments.rounds < 1:
         parser.error("--depths, --batch and --rounds must be 1 or more.")

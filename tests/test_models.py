@@ -360,9 +360,10 @@ def test_revnets_end_to_end(name, side):
 @pytest.mark.optimised
 @pytest.mark.parametrize("kind", ["revnet", "revnet bottleneck"])
 @pytest.mark.parametrize("training", [True, False])
-def test_inverse_restores_the_input_of_a_stage(kind, training):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_inverse_restores_the_input_of_a_stage(kind, training, dtype):
     """Bit for bit on the grid; behind a unit that changes shape, the input of the one after it."""
-    network = make(kind)
+    network = make(kind, dtype)
     network.train() if training else network.eval()
     x = np.random.default_rng(2).standard_normal((2, BATCH, 6, 6, 4)).astype(np.float32)
 

@@ -5,14 +5,15 @@ Command:   python benchmarks/input_pipeline.py DIR [--workers N] [--batch B] [--
 Hardware:  any; nothing else should run on it
 Figures:   benchmarks/results/input_pipeline.json (`--json FILE` writes elsewhere)
 
-DIR is a folder of images as --config.data.source takes it. In turns:
+DIR is a folder of images as --config.data.source takes it. In turns, each begun by another:
 
 - decoding alone: as many processes as there are workers each read files and decode them whole, to
   RGB arrays that are thrown away, by Pillow, and by the decoder of the pipeline, simplejpeg;
 - decoding and resizing alone: the same by simplejpeg, and then OpenCV resizes a box at random to
-  224x224, one array for all: what remains of the pipeline is Python, batches and waiting;
-- the pipeline: batches of training, read, decoded, cropped at random, resized to 224x224, mirrored
-  and handed over, by workers, and by threads of one process, one for each core.
+  224x224, one array for all: what a pipeline costs that leaves nothing to the device;
+- the pipeline: batches of training, read, decoded, cropped at random, shrunk to 224x224 where they
+  are larger, and handed over, by workers, and by threads of one process, one for each core. What is
+  smaller is enlarged, and what is due mirrored, by the device, of which the speed alone is given.
 
 A share is the median over the turns of the pipeline's speed against the decoding of the same turn,
 with the quartiles. Starting processes is not counted, nor are the first batches. Where the machine
@@ -20,8 +21,7 @@ has other work, the clock tells little; so the same is given by the time that th
 for decoding and for threads: what the clock would say if nothing else ran and no thread waited.
 
 That is done for the files as they are, and for the same pictures at 500x375, which is about what
-ImageNet's have on average: samples of it have often been made small, and then the resizing to
-224x224, which costs the same for all, is a large part of so little decoding. Those are made by
+ImageNet's have on average: samples of it have often been made small. Those are made by
 Pillow's bicubic filter at quality 95, in a folder that is removed. So enlarged they are smooth, and
 have half the bytes of ImageNet's, whose 1,281,167 for training are 138 GB; a third row is for the
 same with noise of a deviation of 7 added, at quality 96, which have about as many bytes as those.
@@ -37,10 +37,13 @@ import multiprocessing
 import os
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import cv2
+import jax
 import numpy as np
 import PIL.Image
 import simplejpeg
@@ -49,6 +52,7 @@ from record import RESULTS, environment
 from revjax.data import open_stream
 from revjax.data.crop import WORDS, random_box
 from revjax.data.examples import Examples
+from revjax.data.finish import finish
 from revjax.data.stream import ImageStream
 
 PACKAGES = ("grain", "opencv-python-headless", "pillow", "simplejpeg")
@@ -111,8 +115,22 @@ def pipeline_speed(stream: ImageStream, batch_size: int, number: int) -> tuple[f
         for _ in range(last):  # and not to the end: workers take a second to say that it is one
             assert not next(batches).broken
         seconds, used = time.perf_counter() - began, time.process_time() - used
-        images = last * batch_size
-        return images / seconds, math.nan if stream.workers else images / used
+    images = last * batch_size
+    return images / seconds, math.nan if stream.workers else images / used
+
+
+def finishing_speed(batch_size: int) -> list[float]:
+    """Images a second that the device makes of what the pipeline hands over."""
+    pixels = np.random.default_rng(0).integers(0, 256, (batch_size, SIZE, SIZE, 3), np.uint8)
+    boxes, mirrored = np.tile([9, 9, 160, 120], (batch_size, 1)), np.arange(batch_size) % 2 == 0
+    batch = jax.device_put((pixels, boxes.astype(np.int32), mirrored))
+    jax.block_until_ready(finish(*batch))
+    speeds = []
+    for _ in range(9):
+        began = time.perf_counter()
+        jax.block_until_ready(finish(*batch))
+        speeds.append(batch_size / (time.perf_counter() - began))
+    return quartiles(speeds)
 
 
 def measure(source: str, workers: int, batch_size: int, turns: int, number: int) -> dict[str, Any]:
@@ -125,11 +143,17 @@ def measure(source: str, workers: int, batch_size: int, turns: int, number: int)
     of_a_core: dict[str, list[float]] = {name: [] for name in (*DECODERS, *streams)}
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, spawn) as pool:
+        contest: dict[str, Callable[[], tuple[float, float]]] = {
+            name: partial(decoding_speed, pool, name, examples, number) for name in DECODERS
+        } | {
+            name: partial(pipeline_speed, stream, batch_size, number)
+            for name, stream in streams.items()
+        }
         for turn in range(-1, turns):  # the first reads the files into memory
-            found = [decoding_speed(pool, name, examples, number) for name in DECODERS]
-            found += [pipeline_speed(stream, batch_size, number) for stream in streams.values()]
-            if turn >= 0:
-                for kind, (speed, core) in zip(speeds, found, strict=True):
+            for place in range(len(contest)):  # another comes first each turn
+                kind = list(contest)[(turn + place) % len(contest)]
+                speed, core = contest[kind]()
+                if turn >= 0:
                     speeds[kind].append(speed)
                     of_a_core[kind].append(core)
     blobs = [examples.read(index).blob for index in range(0, len(examples), 10)]
@@ -211,6 +235,9 @@ def main() -> None:
         print_table(name, rows[name])
     record = environment()
     record["versions"] |= {name: importlib.metadata.version(name) for name in PACKAGES}
+    finished = finishing_speed(arguments.batch)
+    print(f"\nthe device finishes {finished[1]:,.0f} images/s")
+    record["finished_per_second"] = finished
     record |= {"workers": arguments.workers, "batch_size": arguments.batch}
     record |= {"turns": arguments.turns, "images_a_turn": arguments.images, "rows": rows}
     arguments.json.write_text(json.dumps(record, indent=2) + "\n")

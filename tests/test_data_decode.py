@@ -3,6 +3,7 @@
 import io
 from concurrent.futures import ThreadPoolExecutor
 
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
@@ -10,12 +11,20 @@ from images import encode, place, ramp
 
 from revjax.data.crop import Box
 from revjax.data.decode import BrokenImageError, decode_part
+from revjax.data.finish import finish
 
 BOX = Box(20, 10, 64, 48)
 
 
 def decoded(blob, box=BOX, size=96):
-    return decode_part(blob, lambda *_: box, size)
+    """As a network sees it."""
+    out = np.zeros((size, size, 3), np.uint8)
+    return finished(out, decode_part(blob, lambda *_: box, out))
+
+
+def finished(pixels, box, mirrored=False):
+    arrays = pixels[None], np.array([box], np.int32), np.array([mirrored])
+    return np.asarray(finish(*map(jnp.asarray, arrays)))[0]
 
 
 def noise(width=100, height=80):
@@ -67,11 +76,37 @@ def test_a_large_image_is_cut_where_it_should_be(box, form):
         np.testing.assert_allclose(found, due, atol=0.7 * pixel + 1)
 
 
-def test_it_writes_where_it_is_told():
-    blob, out = encode(noise()), np.zeros((2, 96, 96, 3), np.uint8)
-    decode_part(blob, lambda *_: BOX, 96, out[1])
-    np.testing.assert_array_equal(out[1], decoded(blob))
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+@pytest.mark.parametrize("size", [20, 63, 64, 80, 99, 100, 101])
+def test_what_is_not_to_be_shrunk_is_there_as_it_is(size, form):
+    blob, out = encode(noise(), form), np.zeros((2, size, size, 3), np.uint8)
+    left, top, width, height = decode_part(blob, lambda *_: BOX, out[1])
     assert not out[0].any()
+    if size < 64:
+        assert (left, top, width, height) == (0, 0, size, size)
+    else:
+        assert (width, height) == (64, 48)
+        found = out[1, top : top + height, left : left + width]
+        with PIL.Image.open(io.BytesIO(blob)) as image:
+            whole = np.asarray(image).astype(int)
+        np.testing.assert_allclose(found, whole[10:58, 20:84], atol=3)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize(
+    "box",
+    [Box(0, 0, 50, 50), Box(3, 0, 1, 50), Box(0, 7, 50, 1), Box(49, 49, 1, 1), Box(9, 4, 37, 13)],
+)
+def test_enlarging_is_that_of_pillow_in_float(box, mirrored):
+    left, top, width, height = box
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 50, 3), np.uint8)
+    part = pixels[top : top + height, left : left + width].astype(np.float32)
+    channels = [PIL.Image.fromarray(part[..., channel]) for channel in range(3)]
+    way = PIL.Image.Resampling.BILINEAR
+    due = np.stack([channel.resize((50, 50), way) for channel in channels], -1)
+    found = finished(pixels, box, mirrored)
+    assert found.dtype == np.uint8
+    np.testing.assert_allclose(found, due[:, ::-1] if mirrored else due, atol=0.5 + 1e-4)
 
 
 def test_threads_do_not_see_what_others_decode():

@@ -65,6 +65,7 @@ def all_of(batches):
 
 
 def shade_of(image):
+    image = np.asarray(image)
     assert (image == image[0, 0]).all()
     return round(image[0, 0, 0] / 5)
 

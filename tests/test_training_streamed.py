@@ -1,5 +1,7 @@
 """Configs of data that are streamed, and what the network sees of their batches."""
 
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -7,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_data_stream import shades, write
+from images import encode, ramp
+from test_data_stream import SAMPLE, shades, write
 
 from revjax.data import FIXED_NORMALIZATIONS, distort_color, normalize
 from revjax.training.command_line import Arguments, parse_arguments
 from revjax.training.config import Config, check_config
 from revjax.training.errors import ConfigError
 from revjax.training.feed import open_stream_of
+from revjax.training.metrics import read_rows
 from revjax.training.state import abstract_model
 from revjax.training.step import Split, streamed_images
 
@@ -123,3 +127,27 @@ def test_colours_are_distorted_and_then_normalised(color, way):
     batch = Split(images, np.zeros(3, np.int32), FIXED_NORMALIZATIONS[way])  # pyright: ignore
     found = jax.jit(partial(streamed_images, config.data))(key, batch)
     np.testing.assert_allclose(found, due, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_revnet56_trains_and_evaluates_on_jpegs(tmp_path):
+    """The config as it is, but for its sizes; on photographs, where a tree of them is named."""
+    source = SAMPLE or tmp_path
+    if not SAMPLE:
+        blobs = [encode(ramp(90 + 10 * index, 80)) for index in range(8)]
+        write(tmp_path, blobs)
+        write(tmp_path, blobs[:3], "val")
+    flags = f"data.source={source} data.image_size=64 batch_size=4 steps=3 log_every=1 eval_every=3"
+    workdir = tmp_path / "run"
+    line = [sys.executable, f"{ROOT}/train.py", f"--config={ROOT}/configs/imagenet_revnet56.py"]
+    line += [f"--config.{flag}" for flag in flags.split()]
+    line += ["--config.precise_bn_batches=1", f"--workdir={workdir}"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "broken" not in done.stderr
+    rows = read_rows(workdir)
+    steps = [row for row in rows if row["split"] == "train"]
+    assert [row["step"] for row in steps] == [1, 2, 3]
+    assert np.isfinite([row["loss"] for row in rows]).all()
+    (test,) = (row for row in rows if row["split"] == "test")
+    assert test["step"] == 3 and 0 <= test["accuracy"] <= 1

@@ -47,7 +47,8 @@ def random_box(words: np.ndarray, width: int, height: int) -> Box:
         Box(left=0, top=0, width=106, height=141)
     """
     log_low, log_high = map(math.log, _ASPECT)
-    for draw in words.reshape(TRIES, 4).tolist():
+    for first in range(0, WORDS, 4):
+        draw = words[first : first + 4].tolist()
         u, v = draw[0] / 2**64, draw[1] / 2**64
         area = (_AREA[0] + u * (_AREA[1] - _AREA[0])) * width * height
         aspect = math.exp(log_low + v * (log_high - log_low))

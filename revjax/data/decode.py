@@ -1,8 +1,9 @@
 """From the bytes of an image file to the pixels of a part of it.
 
-Nearly all files are plain JPEGs, which simplejpeg decodes and OpenCV resizes, both in less
+Nearly all files are plain JPEGs, which simplejpeg decodes and OpenCV shrinks, both in less
 time than Pillow takes to decode (benchmarks/input_pipeline.py). What simplejpeg refuses, Pillow
-judges: other formats and colour spaces, and JPEGs with blemishes that do no harm.
+judges: other formats and colour spaces, and JPEGs with blemishes that do no harm. What is to be
+larger is left to the device (revjax/data/finish.py).
 """
 
 import io
@@ -36,60 +37,70 @@ class BrokenImageError(Exception):
     """A file that is no image, or one that cannot be had whole; the message says why."""
 
 
-def decode_part(
-    blob: bytes, choose: Callable[[int, int], Box], size: int, out: np.ndarray | None = None
-) -> np.ndarray:
-    """Decodes the part of an image that is asked for, resized to a square.
+def decode_part(blob: bytes, choose: Callable[[int, int], Box], out: np.ndarray) -> Box:
+    """Decodes the part of an image that is asked for, and shrinks it where it is too large.
 
     Grey, palette and CMYK images become RGB; alpha is dropped, and the orientation that a camera
     may have noted is not looked at, as in TensorFlow and torchvision.
 
-    Resizing is bilinear. A JPEG whose part is at least twice the size due is decoded at 1/2, 1/4 or
-    1/8, whichever leaves enough pixels; then the part is rounded to whole pixels of that. Other
-    images that are larger are averaged over the area of each new pixel.
+    A part that fits into the square is there pixel for pixel, for `finish` to enlarge. One that
+    does not is resized to the square, bilinearly. A JPEG whose part is at least twice the size due
+    is decoded at 1/2, 1/4 or 1/8, whichever leaves enough pixels; then the part is rounded to whole
+    pixels of that. Other images that are larger are averaged over the area of each new pixel.
 
     Args:
         blob: the file's bytes.
         choose: from an image's width and height to the box that is wanted.
-        size: of the result.
-        out: uint8 `[size, size, 3]`, contiguous, to write to; None makes one.
+        out: uint8 `[size, size, 3]`, contiguous, to write to, RGB.
 
     Returns:
-        uint8 `[size, size, 3]`, RGB; `out` where that is given.
+        Where in the square the part is. What is beside it is of no account.
 
     Raises:
         BrokenImageError: where the file is damaged, truncated, empty or no image, or has more
             pixels than Pillow holds to be safe.
 
     Example:
-        >>> file = io.BytesIO()
+        >>> file, out = io.BytesIO(), np.zeros((224, 224, 3), np.uint8)
         >>> PIL.Image.new("RGB", (500, 375), "red").save(file, "PNG")
-        >>> decode_part(file.getvalue(), lambda width, height: Box(9, 9, 99, 99), 2)[0, 0].tolist()
+        >>> decode_part(file.getvalue(), lambda width, height: Box(9, 9, 200, 100), out)
+        Box(left=0, top=0, width=200, height=100)
+        >>> out[99, 199].tolist()
         [255, 0, 0]
     """
-    pixels, box = _decode_jpeg(blob, choose, size) or _decode_any(blob, choose)
-    left, top, width, height = box
+    size = len(out)
+    pixels, (left, top, width, height) = _decode_jpeg(blob, choose, out) or _decode_any(
+        blob, choose
+    )
+    if np.may_share_memory(pixels, out):
+        return Box(left, top, width, height)
     part = pixels[top : top + height, left : left + width]
+    if width <= size and height <= size:
+        out[:height, :width] = part
+        return Box(0, 0, width, height)
     way = cv2.INTER_AREA if min(width, height) > 2 * size else cv2.INTER_LINEAR
-    return np.asarray(cv2.resize(part, (size, size), dst=out, interpolation=way))
+    cv2.resize(part, (size, size), dst=out, interpolation=way)
+    return Box(0, 0, size, size)
 
 
 def _decode_jpeg(
-    blob: bytes, choose: Callable[[int, int], Box], size: int
+    blob: bytes, choose: Callable[[int, int], Box], out: np.ndarray
 ) -> tuple[np.ndarray, Box] | None:
     """The pixels of a JPEG, shrunk while it still has enough of them, and the box in those.
 
-    The pixels are there until this thread decodes the next.
+    The pixels of an image as wide as `out`, and no higher, are in its rows, those of another are
+    there until this thread decodes the next.
     """
     try:
         header: tuple = simplejpeg.decode_jpeg_header(blob)
         height, width, *_ = header
         _check_pixels(width, height)
         box = choose(width, height)
-        least = min(box.width, box.height)
+        size, least = len(out), min(box.width, box.height)
         k = next((k for k in _SHRINKS if least >= k * size), 1)
         w, h = -(-width // k), -(-height // k)
-        buffer = _own.kept if 3 * w * h <= _KEPT_BYTES else None
+        kept = _own.kept if 3 * w * h <= _KEPT_BYTES else None
+        buffer = out if w == size and h <= size else kept
         pixels = simplejpeg.decode_jpeg(blob, min_width=w, min_height=h, buffer=buffer)
     except ValueError:
         return None

@@ -38,15 +38,22 @@ class ImageFolder:
 
     def read(self, index: int) -> Encoded:
         """As `Examples.read`."""
-        with open(os.path.join(self.folder, self._place(index)), "rb") as file:
-            return Encoded(file.read(), int(self.labels[index]))
+        # A file object would let go of Python's lock twice as often, for which threads wait.
+        file = os.open(f"{self.folder}{os.sep}{self._place(index)}", os.O_RDONLY)
+        try:
+            size, blob = os.fstat(file).st_size, b""
+            while len(blob) < size and (more := os.read(file, size - len(blob))):
+                blob += more
+        finally:
+            os.close(file)
+        return Encoded(blob, int(self.labels[index]))
 
     def name(self, index: int) -> str:
         """As `Examples.name`: the path from the folder that both splits lie in."""
         return os.path.join(self.folder.name, self._place(index))
 
     def _place(self, index: int) -> str:
-        return os.path.join(self.classes[self.labels[index]], os.fsdecode(self.files[index]))
+        return f"{self.classes[self.labels[index]]}{os.sep}{os.fsdecode(self.files[index])}"
 
 
 @functools.lru_cache(maxsize=1)  # its sizes are asked for first, and a listing may take long

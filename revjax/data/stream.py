@@ -16,8 +16,9 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import cv2
 import grain
+import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -25,6 +26,7 @@ from revjax.data.crop import WORDS, central_box, random_box
 from revjax.data.dataset import DataError, DatasetInfo
 from revjax.data.decode import BrokenImageError, decode_part
 from revjax.data.examples import Examples
+from revjax.data.finish import finish
 from revjax.data.order import batch_indices
 
 _MAX_THREADS = 16
@@ -47,7 +49,9 @@ class Batch(NamedTuple):
     """A batch of examples, or a process's share of it.
 
     Attributes:
-        images: uint8 `[B, S, S, 3]`.
+        pixels: uint8 `[B, S, S, 3]`, in each of them what is seen of an image, not yet enlarged.
+        boxes: int32 `[B, 4]`, where that is, as `Box`.
+        mirrored: bool `[B]`, which images are yet to be mirrored.
         labels: int32 `[B]`.
         counted: bool `[B]`; false where a place of an evaluation's batch is empty, as the split
             has come to its end or the image is broken. Image and label are then 0. In training
@@ -55,10 +59,17 @@ class Batch(NamedTuple):
         broken: what could not be decoded, each once. In training another example took its place.
     """
 
-    images: np.ndarray
+    pixels: np.ndarray
+    boxes: np.ndarray
+    mirrored: np.ndarray
     labels: np.ndarray
     counted: np.ndarray
     broken: tuple[Broken, ...]
+
+    @property
+    def images(self) -> jax.Array:
+        """The finished images, uint8 `[B, S, S, 3]`, made of the first three by `finish`."""
+        return finish(*map(jnp.asarray, self[:3]))
 
 
 class Batches(Iterator[Batch]):
@@ -80,8 +91,8 @@ class Batches(Iterator[Batch]):
         if not flags.FLAGS.is_parsed():  # grain reads flags, of which few programs know
             flags.FLAGS.mark_as_parsed()
         threads = 1 if workers else min(os.cpu_count() or 1, _MAX_THREADS)
-        # Twice as many, so that no thread waits for the one with the batch that is due.
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+        # One more, for the thread that is done first. More yet would only be out of the caches.
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
         batches = grain.MapDataset.range(numbers.start, numbers.stop).map(make)
         processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
         ahead = batches.to_iter_dataset(options).mp_prefetch(processes, _start_worker)
@@ -100,10 +111,10 @@ class Batches(Iterator[Batch]):
                 "--config.data.workers=0."
             ) from error
         # Out of the memory shared with a worker, which is to be free again for its next ones.
-        images, labels, counted, broken = batch
+        *arrays, broken = batch
         if self._shared:
-            images, labels, counted = (np.array(array) for array in (images, labels, counted))
-        return Batch(images, labels, counted, broken)
+            arrays = map(np.array, arrays)
+        return Batch(*arrays, broken)
 
     def close(self) -> None:
         """Ends the workers."""
@@ -151,7 +162,7 @@ class ImageStream:
     ) -> Batches:
         """The batches of the training steps `start .. stop - 1`.
 
-        An image is cropped by `random_box` and mirrored or not; both are drawn from the seed, the
+        An image is cropped by `random_box`, and mirrored or not; both are drawn from the seed, the
         step and the image's place in the batch. The place of a broken image is taken by the next
         in the epoch's order that can be decoded.
 
@@ -222,7 +233,7 @@ def _train_batch(
     flip: bool,
     step: int,
 ) -> Batch:
-    batch, broken = _empty_batch(len(rows), size), []
+    batch, broken = empty_batch(len(rows), size), []
     number = len(examples)
     epoch, position = divmod(step, number // batch_size)
     order = batch_indices(seed, epoch, number, number)  # of the epoch, which is a batch of all
@@ -230,12 +241,10 @@ def _train_batch(
     # its counters are apart from the order's, which are small.
     counter, key = np.array([0, 0, 0, 1], np.uint64), np.array([seed, step], np.uint64)
     words = np.random.Philox(key=key, counter=counter).random_raw((rows.stop, WORDS + 1))
-    mirrored = words[:, WORDS] >> np.uint64(63) == 1
+    if distort and flip:
+        batch.mirrored[:] = words[rows.start :, WORDS] >> np.uint64(63) == 1
     for place, row in enumerate(rows):
-        choose, mirror = central_box, False
-        if distort:
-            choose = functools.partial(random_box, words[row, :WORDS])
-            mirror = flip and mirrored[row]
+        choose = functools.partial(random_box, words[row, :WORDS]) if distort else central_box
         first = position * batch_size + row
         for after in range(first, first + _MAX_BROKEN_IN_A_ROW):
             if _put(batch, place, examples, int(order[after % number]), choose, broken):
@@ -245,23 +254,24 @@ def _train_batch(
                 f"{_MAX_BROKEN_IN_A_ROW} images in a row are broken, the last of them "
                 f"{broken[-1].name} ({broken[-1].reason}): is this the right data set?"
             )
-        if mirror:
-            cv2.flip(batch.images[place], 1, batch.images[place])
     return batch._replace(broken=tuple(dict.fromkeys(broken)))
 
 
 def _test_batch(examples: Examples, size: int, batch_size: int, rows: range, number: int) -> Batch:
-    batch, broken = _empty_batch(len(rows), size), []
+    batch, broken = empty_batch(len(rows), size), []
     for place, row in enumerate(rows):
         index = number * batch_size + row
         if index >= len(examples) or not _put(batch, place, examples, index, central_box, broken):
-            batch.images[place], batch.labels[place], batch.counted[place] = 0, 0, False
+            batch.pixels[place], batch.boxes[place], batch.labels[place] = 0, (0, 0, 1, 1), 0
+            batch.counted[place] = False
     return batch._replace(broken=tuple(dict.fromkeys(broken)))
 
 
-def _empty_batch(rows: int, size: int) -> Batch:
-    images = np.empty((rows, size, size, 3), np.uint8)
-    return Batch(images, np.empty(rows, np.int32), np.ones(rows, bool), ())
+def empty_batch(rows: int, size: int) -> Batch:
+    """A batch whose places are to be filled, or not counted."""
+    pixels, boxes = np.empty((rows, size, size, 3), np.uint8), np.ones((rows, 4), np.int32)
+    mirrored, labels = np.zeros(rows, bool), np.zeros(rows, np.int32)
+    return Batch(pixels, boxes, mirrored, labels, np.ones(rows, bool), ())
 
 
 def _put(
@@ -275,7 +285,7 @@ def _put(
     """Puts an example in its place and says True, or notes that it is broken and says False."""
     try:
         blob, batch.labels[place] = examples.read(index)
-        decode_part(blob, choose, batch.images.shape[1], batch.images[place])
+        batch.boxes[place] = decode_part(blob, choose, batch.pixels[place])
     except (BrokenImageError, OSError) as error:
         broken.append(Broken(examples.name(index), str(error)))
         return False

@@ -13,7 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from revjax.data import FIXED_NORMALIZATIONS, batch_indices, is_streamed, load_dataset, open_stream
-from revjax.data.stream import Batch, Batches, ImageStream
+from revjax.data.finish import finish
+from revjax.data.stream import Batch, Batches, ImageStream, empty_batch
 from revjax.training.config import Config
 from revjax.training.mesh import batch_sharding, put, replicated
 from revjax.training.pace import MAX_DISPATCH_STEPS
@@ -94,6 +95,7 @@ class StreamFeed:
         self._batches: Batches | None = None
         self._next = -1  # the step of the batch that comes next
         self._normalization = put(FIXED_NORMALIZATIONS[config.data.normalize], replicated(mesh))
+        self._finish: Any = jax.jit(finish, out_shardings=batch_sharding(mesh))
         self.evaluated = [name for name in stream.splits if name != "train"]
         self.broken: dict[str, str] = {}
 
@@ -132,8 +134,7 @@ class StreamFeed:
     def example(self) -> Counted:
         """A part of an evaluation, to compile for."""
         rows = self._config.batch_size // self._share[1]
-        images = np.zeros((rows, self._stream.size, self._stream.size, 3), np.uint8)
-        return self._put(Batch(images, np.zeros(rows, np.int32), np.zeros(rows, bool), ()))
+        return self._put(empty_batch(rows, self._stream.size))
 
     def close(self) -> None:
         """End what decodes ahead."""
@@ -146,12 +147,11 @@ class StreamFeed:
             if name not in self.broken:
                 self.broken[name] = reason
                 self._tell(f"the image {name} is broken ({reason}), and is left out.")
-        parts = batch_sharding(self._mesh)
-        images, labels, counted = (
-            jax.make_array_from_process_local_data(parts, array)
-            for array in (batch.images, batch.labels, batch.counted)
+        sharding = batch_sharding(self._mesh)
+        *unfinished, labels, counted = (
+            jax.make_array_from_process_local_data(sharding, array) for array in batch[:-1]
         )
-        return Split(images, labels, self._normalization), counted
+        return Split(self._finish(*unfinished), labels, self._normalization), counted
 
 
 Feed = MemoryFeed | StreamFeed

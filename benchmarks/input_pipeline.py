@@ -49,10 +49,9 @@ import PIL.Image
 import simplejpeg
 from record import RESULTS, environment
 
-from revjax.data import open_stream
+from revjax.data import finish_images, open_stream
 from revjax.data.crop import WORDS, random_box
 from revjax.data.examples import Examples
-from revjax.data.finish import finish
 from revjax.data.stream import ImageStream
 
 PACKAGES = ("grain", "opencv-python-headless", "pillow", "simplejpeg")
@@ -108,11 +107,11 @@ def pipeline_speed(stream: ImageStream, batch_size: int, number: int) -> tuple[f
     The second number is NaN for workers, whose time is not that of this process.
     """
     first, last = 4 + 4 * stream.workers, -(-number // batch_size)
-    with stream.train(0, first + last, batch_size, seed=0) as batches:
+    with stream.train(0, first + last + first, batch_size, seed=0) as batches:
         for _ in range(first):
             next(batches)
         began, used = time.perf_counter(), time.process_time()
-        for _ in range(last):  # and not to the end: workers take a second to say that it is one
+        for _ in range(last):  # and not to the end: as many are in the making as when this began
             assert not next(batches).broken
         seconds, used = time.perf_counter() - began, time.process_time() - used
     images = last * batch_size
@@ -124,11 +123,11 @@ def finishing_speed(batch_size: int) -> list[float]:
     pixels = np.random.default_rng(0).integers(0, 256, (batch_size, SIZE, SIZE, 3), np.uint8)
     boxes, mirrored = np.tile([9, 9, 160, 120], (batch_size, 1)), np.arange(batch_size) % 2 == 0
     batch = jax.device_put((pixels, boxes.astype(np.int32), mirrored))
-    jax.block_until_ready(finish(*batch))
+    jax.block_until_ready(finish_images(*batch))
     speeds = []
     for _ in range(9):
         began = time.perf_counter()
-        jax.block_until_ready(finish(*batch))
+        jax.block_until_ready(finish_images(*batch))
         speeds.append(batch_size / (time.perf_counter() - began))
     return quartiles(speeds)
 

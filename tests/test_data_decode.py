@@ -9,9 +9,9 @@ import PIL.Image
 import pytest
 from images import encode, place, ramp
 
+from revjax.data import finish_images
 from revjax.data.crop import Box
-from revjax.data.decode import BrokenImageError, decode_part
-from revjax.data.finish import finish
+from revjax.data.decode import BrokenImageError, _decode_jpeg, decode_part
 
 BOX = Box(20, 10, 64, 48)
 
@@ -24,7 +24,7 @@ def decoded(blob, box=BOX, size=96):
 
 def finished(pixels, box, mirrored=False):
     arrays = pixels[None], np.array([box], np.int32), np.array([mirrored])
-    return np.asarray(finish(*map(jnp.asarray, arrays)))[0]
+    return np.asarray(finish_images(*map(jnp.asarray, arrays)))[0]
 
 
 def noise(width=100, height=80):
@@ -76,34 +76,61 @@ def test_a_large_image_is_cut_where_it_should_be(box, form):
         np.testing.assert_allclose(found, due, atol=0.7 * pixel + 1)
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG"])
-@pytest.mark.parametrize("size", [20, 63, 64, 80, 99, 100, 101])
-def test_what_is_not_to_be_shrunk_is_there_as_it_is(size, form):
+@pytest.mark.parametrize(("form", "off"), [("JPEG", 3), ("PNG", 0)])
+@pytest.mark.parametrize("size", [64, 80, 99, 100, 101])
+def test_what_need_not_be_shrunk_is_there_as_it_is(size, form, off):
     blob, out = encode(noise(), form), np.zeros((2, size, size, 3), np.uint8)
     left, top, width, height = decode_part(blob, lambda *_: BOX, out[1])
+    assert (width, height) == (64, 48)
     assert not out[0].any()
-    if size < 64:
-        assert (left, top, width, height) == (0, 0, size, size)
-    else:
-        assert (width, height) == (64, 48)
-        found = out[1, top : top + height, left : left + width]
-        with PIL.Image.open(io.BytesIO(blob)) as image:
-            whole = np.asarray(image).astype(int)
-        np.testing.assert_allclose(found, whole[10:58, 20:84], atol=3)
+    found = out[1, top : top + height, left : left + width].astype(int)
+    with PIL.Image.open(io.BytesIO(blob)) as image:
+        due = np.asarray(image)[10:58, 20:84]
+    np.testing.assert_allclose(found, due, atol=off)
+
+
+@pytest.mark.parametrize("size", [20, 48, 63])
+def test_what_does_not_fit_is_resized(size):
+    """Also where one side would fit."""
+    out = np.zeros((2, size, size, 3), np.uint8)
+    for box in (BOX, Box(20, 10, 48, 64)):
+        found = decode_part(encode(ramp(100, 80), "PNG"), lambda *_, box=box: box, out[1])
+        assert found == (0, 0, size, size)
+        assert not out[0].any()
+        left, top, width, height = box
+        due = [left / 100, top / 80, (left + width) / 100, (top + height) / 80]
+        np.testing.assert_allclose(place(out[1]), due, atol=0.02)
+
+
+@pytest.mark.parametrize(("height", "size"), [(80, 100), (100, 100), (100, 50)])
+def test_a_jpeg_as_wide_as_is_due_is_decoded_in_place(height, size):
+    blob, out = encode(noise(height=height)), np.zeros((size, size, 3), np.uint8)
+    whole = Box(0, 0, 100, height)
+    pixels, box = _decode_jpeg(blob, lambda *_: whole, out) or pytest.fail("it was refused")
+    assert np.shares_memory(pixels, out)
+    assert box == (0, 0, size, height * size // 100)
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize(
-    "box",
-    [Box(0, 0, 50, 50), Box(3, 0, 1, 50), Box(0, 7, 50, 1), Box(49, 49, 1, 1), Box(9, 4, 37, 13)],
+    ("side", "box"),
+    [
+        (50, Box(0, 0, 50, 50)),
+        (50, Box(3, 0, 1, 50)),
+        (50, Box(0, 7, 50, 1)),
+        (50, Box(49, 49, 1, 1)),
+        (50, Box(9, 4, 37, 13)),
+        (224, Box(100, 3, 124, 221)),
+        (224, Box(0, 0, 37, 211)),
+    ],
 )
-def test_enlarging_is_that_of_pillow_in_float(box, mirrored):
+def test_enlarging_is_that_of_pillow_in_float(side, box, mirrored):
     left, top, width, height = box
-    pixels = np.random.default_rng(0).integers(0, 256, (50, 50, 3), np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
     part = pixels[top : top + height, left : left + width].astype(np.float32)
     channels = [PIL.Image.fromarray(part[..., channel]) for channel in range(3)]
     way = PIL.Image.Resampling.BILINEAR
-    due = np.stack([channel.resize((50, 50), way) for channel in channels], -1)
+    due = np.stack([channel.resize((side, side), way) for channel in channels], -1)
     found = finished(pixels, box, mirrored)
     assert found.dtype == np.uint8
     np.testing.assert_allclose(found, due[:, ::-1] if mirrored else due, atol=0.5 + 1e-4)
@@ -144,9 +171,10 @@ def broken(kind):
         ("PostScript", "no image that can be read"),
     ],
 )
-def test_what_is_broken_is_refused(kind, reason):
+@pytest.mark.parametrize("size", [96, 100])  # 100: straight into the square, as far as it goes
+def test_what_is_broken_is_refused(kind, reason, size):
     with pytest.raises(BrokenImageError, match=reason):
-        decoded(broken(kind))
+        decoded(broken(kind), size=size)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as users have it

@@ -61,7 +61,7 @@ def test_every_example_comes_with_its_label(data_dir):
     stream = opened(data_dir)
     assert stream.info == ((SIZE, SIZE, 3), 4, TRAIN, TEST)
     (epoch,) = all_of(stream.train(0, 1, TRAIN, seed=0))
-    numbers = [shade_of(image) for image in epoch.images]
+    numbers = [shade_of(image) for image in epoch.images()]
     assert sorted(numbers) == list(range(TRAIN))
     assert epoch.labels.tolist() == [number % 4 for number in numbers]
 

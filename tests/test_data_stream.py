@@ -74,7 +74,8 @@ def same(first, second):
     assert len(first) == len(second)
     for one, other in zip(first, second, strict=True):
         assert one.broken == other.broken
-        for key in ("images", "labels", "counted"):
+        np.testing.assert_array_equal(one.images(), other.images())
+        for key in ("labels", "counted"):
             np.testing.assert_array_equal(getattr(one, key), getattr(other, key))
 
 
@@ -87,9 +88,9 @@ def test_examples_come_in_the_order_of_seed_and_step(folder):
     assert len(batches) == 9
     for step, batch in enumerate(batches):
         due = [numbers[index] for index in batch_indices(3, step, 8, TRAIN)]
-        assert [shade_of(image) for image in batch.images] == due
+        assert [shade_of(image) for image in batch.images()] == due
         assert batch.labels.tolist() == [number % 3 for number in due]
-        assert (batch.images.dtype, batch.labels.dtype) == (np.uint8, np.int32)
+        assert (batch.images().dtype, batch.labels.dtype) == (np.uint8, np.int32)
         assert batch.counted.all() and batch.broken == ()
 
 
@@ -99,7 +100,7 @@ def test_a_resumed_stream_goes_on_with_the_next_example(ramps):
     same(all_of(stream.train(5, 8, 4, seed=1)), uninterrupted[5:])
     assert all_of(stream.train(8, 8, 4, seed=1)) == []
     others = all_of(stream.train(0, 8, 4, seed=2))
-    images = {batch.images.tobytes() for batch in uninterrupted + others}
+    images = {batch.images().tobytes() for batch in uninterrupted + others}
     assert len(images) == 16
 
 
@@ -112,14 +113,16 @@ def test_processes_share_a_batch(ramps, processes):
     ]:
         shares = [all_of(pieces((process, processes))) for process in range(processes)]
         for batch, *parts in zip(all_of(whole), *shares, strict=True):
-            for key in ("images", "labels", "counted"):
+            joined = np.concatenate([part.images() for part in parts])
+            np.testing.assert_array_equal(joined, batch.images())
+            for key in ("labels", "counted"):
                 joined = np.concatenate([getattr(part, key) for part in parts])
                 np.testing.assert_array_equal(joined, getattr(batch, key))
 
 
 def test_crops_are_of_inceptions_rule_and_half_of_them_mirrored(ramps):
     stream = opened(ramps)
-    images = np.concatenate([batch.images for batch in all_of(stream.train(0, 40, 6, seed=0))])
+    images = np.concatenate([batch.images() for batch in all_of(stream.train(0, 40, 6, seed=0))])
     places = np.array([place(image) for image in images])
     left, top, right, bottom = places.T
     mirrored = left > right
@@ -129,7 +132,7 @@ def test_crops_are_of_inceptions_rule_and_half_of_them_mirrored(ramps):
     assert places[:, [0, 2]].min() > -0.03 and places[:, [0, 2]].max() < 1.03
     assert len(set(map(tuple, places.round(6)))) > 235
     plain = all_of(stream.train(0, 10, 6, seed=0, flip=False))
-    kept = np.concatenate([batch.images for batch in plain])
+    kept = np.concatenate([batch.images() for batch in plain])
     flips = np.where(mirrored[:60, None, None, None], images[:60, :, ::-1], images[:60])
     np.testing.assert_array_equal(kept, flips)  # the same crops
 
@@ -140,7 +143,7 @@ def test_without_distortion_and_in_evaluation_it_is_the_centre(ramps):
     (test,) = all_of(stream.evaluate("test", 3))
     side = 90 * 7 / 8
     due = [0.5 - side / 240, 0.5 - side / 180, 0.5 + side / 240, 0.5 + side / 180]
-    for image in (*batch.images, *test.images):
+    for image in (*batch.images(), *test.images()):
         np.testing.assert_allclose(place(image), due, atol=0.015)
 
 
@@ -148,10 +151,10 @@ def test_without_distortion_and_in_evaluation_it_is_the_centre(ramps):
 def test_evaluation_sees_every_example_once_in_order(folder, batch_size):
     batches = all_of(opened(folder).evaluate("test", batch_size))
     assert len(batches) == -(-TEST // batch_size)
-    assert all(len(batch.images) == batch_size for batch in batches)
+    assert all(len(batch.images()) == batch_size for batch in batches)
     counted = np.concatenate([batch.counted for batch in batches])
     assert counted.tolist() == [index < TEST for index in range(len(counted))]
-    images = np.concatenate([batch.images for batch in batches])
+    images = np.concatenate([batch.images() for batch in batches])
     labels = np.concatenate([batch.labels for batch in batches])
     seen = [shade_of(image) for image in images[:TEST]]
     assert seen == sorted(range(TEST), key=lambda index: (index % 3, index))
@@ -184,7 +187,7 @@ def test_a_broken_image_is_named_and_the_next_takes_its_place(damaged):
                     due.append(number)
                     break
                 broken.append(number)
-        assert [shade_of(image) for image in batch.images] == due
+        assert [shade_of(image) for image in batch.images()] == due
         assert batch.labels.tolist() == [number % 3 for number in due]
         assert batch.counted.all()
         assert [int(item.name[-8:-5]) for item in batch.broken] == list(dict.fromkeys(broken))
@@ -231,9 +234,9 @@ def test_examples_are_held_out(folder):
     stream = opened(folder, validation=10)
     assert stream.info.train_size == TRAIN - 10
     validation = all_of(stream.evaluate("validation", 10))[0]
-    held_out = {shade_of(image) for image in validation.images}
+    held_out = {shade_of(image) for image in validation.images()}
     (epoch,) = all_of(stream.train(0, 1, TRAIN - 10, seed=0))
-    trained = {shade_of(image) for image in epoch.images}
+    trained = {shade_of(image) for image in epoch.images()}
     assert held_out | trained == set(range(TRAIN))
     assert len(held_out) == 10 and len(trained) == TRAIN - 10
 
@@ -321,6 +324,6 @@ def test_photographs():
     assert sum(batch.counted.sum() for batch in batches) == stream.info.test_size
     assert not any(batch.broken for batch in batches)
     batches = all_of(stream.train(0, stream.info.train_size // 50, 50, seed=0))
-    assert np.mean([batch.images.mean() for batch in batches]) > 64
+    assert np.mean([batch.images().mean() for batch in batches]) > 64
     labels = np.bincount(np.concatenate([batch.labels for batch in batches]))
     assert len(labels) == stream.num_classes

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from revjax.data import FIXED_NORMALIZATIONS, distort_color, normalize
 from revjax.training.command_line import Arguments, parse_arguments
 from revjax.training.config import Config, check_config
 from revjax.training.errors import ConfigError
-from revjax.training.feed import open_stream_of
+from revjax.training.feed import StreamFeed, open_stream_of
+from revjax.training.mesh import make_mesh
 from revjax.training.metrics import read_rows
 from revjax.training.state import abstract_model
 from revjax.training.step import Split, streamed_images
@@ -64,7 +66,31 @@ def test_a_folder_has_its_own_classes_and_sizes(folder):
     stream = open_stream_of(config)
     assert stream.info == config.data.info
     with stream.evaluate("test", 5) as batches:
-        assert next(batches).images.shape == (5, 96, 96, 3)
+        assert next(batches).images().shape == (5, 96, 96, 3)
+
+
+def test_a_feed_is_the_stream_with_its_images_finished(tmp_path):
+    """On a mesh of four devices; some of what is seen is smaller than due, or to be mirrored."""
+    blobs = [encode(ramp(90 + 10 * index, 80)) for index in range(8)]
+    write(tmp_path, blobs)
+    write(tmp_path, blobs[:5], "val")
+    flags = [f"--config.data.source={tmp_path}", "--config.data.image_size=100"]
+    config = check_config(parse(*flags, "--config.batch_size=8", "--config.mesh.fsdp=2"))
+    stream, mesh = open_stream_of(config), make_mesh(config)
+    with closing(StreamFeed(config, stream, mesh, pytest.fail)) as feed:
+        steps = [feed.training(step, 1)[0] for step in range(3)]
+        tested = list(feed.evaluation("test"))
+    with stream.train(0, 3, 8, seed=config.seed) as batches:
+        due = list(batches)
+    assert (due[0].boxes[:, 2:] < 100).any()
+    assert 0 < due[0].mirrored.sum() < 8
+    with stream.evaluate("test", 8) as batches:
+        due += batches
+    for found, batch in zip([*steps, tested[0][0]], due, strict=True):
+        assert len(found.images.sharding.device_set) == 4
+        np.testing.assert_array_equal(found.images, batch.images())
+        np.testing.assert_array_equal(found.labels, batch.labels)
+    np.testing.assert_array_equal(tested[0][1], due[-1].counted)
 
 
 def test_training_examples_are_held_out_of_a_folder(folder):
@@ -137,11 +163,11 @@ def test_revnet56_trains_and_evaluates_on_jpegs(tmp_path):
         blobs = [encode(ramp(90 + 10 * index, 80)) for index in range(8)]
         write(tmp_path, blobs)
         write(tmp_path, blobs[:3], "val")
-    flags = f"data.source={source} data.image_size=64 batch_size=4 steps=3 log_every=1 eval_every=3"
+    flags = "data.image_size=64 batch_size=4 steps=3 log_every=1 eval_every=3 precise_bn_batches=1"
     workdir = tmp_path / "run"
     line = [sys.executable, f"{ROOT}/train.py", f"--config={ROOT}/configs/imagenet_revnet56.py"]
     line += [f"--config.{flag}" for flag in flags.split()]
-    line += ["--config.precise_bn_batches=1", f"--workdir={workdir}"]
+    line += [f"--config.data.source={source}", f"--workdir={workdir}"]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "broken" not in done.stderr

@@ -9,6 +9,7 @@ from revjax.data.color import distort_color as distort_color
 from revjax.data.dataset import DataError as DataError
 from revjax.data.dataset import Dataset as Dataset
 from revjax.data.dataset import DatasetInfo as DatasetInfo
+from revjax.data.finish import finish_images as finish_images
 from revjax.data.hold_out import HOLD_OUT_SIZES as HOLD_OUT_SIZES
 from revjax.data.hold_out import hold_out as hold_out
 from revjax.data.load import DATASETS as DATASETS

@@ -2,8 +2,8 @@
 
 Nearly all files are plain JPEGs, which simplejpeg decodes and OpenCV shrinks, both in less
 time than Pillow takes to decode (benchmarks/input_pipeline.py). What simplejpeg refuses, Pillow
-judges: other formats and colour spaces, and JPEGs with blemishes that do no harm. What is to be
-larger is left to the device (revjax/data/finish.py).
+judges: other formats and colour spaces, and JPEGs with blemishes that do no harm. To enlarge what
+is smaller is left to the device (revjax/data/finish.py).
 """
 
 import io
@@ -38,15 +38,16 @@ class BrokenImageError(Exception):
 
 
 def decode_part(blob: bytes, choose: Callable[[int, int], Box], out: np.ndarray) -> Box:
-    """Decodes the part of an image that is asked for, and shrinks it where it is too large.
+    """Decodes the part of an image that is asked for, and resizes it where it is too large.
 
     Grey, palette and CMYK images become RGB; alpha is dropped, and the orientation that a camera
     may have noted is not looked at, as in TensorFlow and torchvision.
 
-    A part that fits into the square is there pixel for pixel, for `finish` to enlarge. One that
-    does not is resized to the square, bilinearly. A JPEG whose part is at least twice the size due
-    is decoded at 1/2, 1/4 or 1/8, whichever leaves enough pixels; then the part is rounded to whole
-    pixels of that. Other images that are larger are averaged over the area of each new pixel.
+    A part that fits into the square is there pixel for pixel, for `finish_images` to enlarge. One
+    of which a side does not fit is resized to the square, bilinearly. A JPEG whose part is at least
+    twice the size due is decoded at 1/2, 1/4 or 1/8, whichever leaves enough pixels; then the part
+    is rounded to whole pixels of that. Other images that are larger are averaged over the area of
+    each new pixel. A JPEG as wide as the square, and no higher, is decoded straight into it.
 
     Args:
         blob: the file's bytes.

@@ -1,16 +1,17 @@
-"""What a stream leaves to the device, where it costs next to nothing: enlarging and mirroring."""
+"""What a stream leaves to the device: enlarging what is seen of an image, and mirroring it."""
 
 import jax
 import jax.numpy as jnp
 
 
 @jax.jit
-def finish(pixels: jax.Array, boxes: jax.Array, mirrored: jax.Array) -> jax.Array:
+def finish_images(pixels: jax.Array, boxes: jax.Array, mirrored: jax.Array) -> jax.Array:
     """Enlarges a part of each image to the whole, bilinearly, and mirrors those that are due.
 
     A pixel is read at its centre; beyond the outermost centres the outermost pixels go on. That is
     how Pillow and OpenCV do it, and TensorFlow and PyTorch where they do not align corners. A part
-    that is the whole keeps its values.
+    that is the whole keeps its values. As float32 is rounded to integers, what lies just between
+    two of them may become one on one kind of device, and the other on another.
 
     Args:
         pixels: uint8 `[B, S, S, C]`.
@@ -19,14 +20,15 @@ def finish(pixels: jax.Array, boxes: jax.Array, mirrored: jax.Array) -> jax.Arra
         mirrored: bool `[B]`, of which images left and right change places.
 
     Returns:
-        uint8 `[B, S, S, C]`, rounded.
+        uint8 `[B, S, S, C]`.
 
     Example:
         >>> pixels = jnp.zeros((1, 4, 4, 1), jnp.uint8).at[0, 2, 1:3, 0].set(jnp.uint8([10, 30]))
-        >>> finish(pixels, jnp.array([[1, 2, 2, 1]]), jnp.array([True]))[0, 0, :, 0].tolist()
+        >>> boxes, mirrored = jnp.array([[1, 2, 2, 1]]), jnp.array([True])
+        >>> finish_images(pixels, boxes, mirrored)[0, 0, :, 0].tolist()
         [30, 25, 15, 10]
     """
-    return jax.vmap(_finish)(pixels, boxes.astype(jnp.float32), mirrored)
+    return jax.vmap(_finish)(pixels, boxes, mirrored)
 
 
 def _finish(pixels: jax.Array, box: jax.Array, mirrored: jax.Array) -> jax.Array:
@@ -42,6 +44,8 @@ def _finish(pixels: jax.Array, box: jax.Array, mirrored: jax.Array) -> jax.Array
 
 def _weights(start: jax.Array, size: jax.Array, side: int) -> jax.Array:
     """How much of each source pixel is in each pixel due, float32 `[side due, side source]`."""
-    pixel = jnp.arange(side, dtype=jnp.float32)
-    at = start + jnp.clip((pixel + 0.5) * size / side - 0.5, 0, size - 1)
-    return jnp.maximum(0, 1 - jnp.abs(at[:, None] - pixel[None, :]))
+    pixel = jnp.arange(side, dtype=jnp.int32)
+    unit = 2 * side  # of a source pixel's side, in which all positions are integers
+    at = unit * start + jnp.clip((2 * pixel + 1) * size - side, 0, unit * (size - 1))
+    distance = jnp.abs(at[:, None] - unit * pixel[None, :])
+    return jnp.maximum(0, unit - distance).astype(jnp.float32) / unit

@@ -39,13 +39,14 @@ class ImageFolder:
     def read(self, index: int) -> Encoded:
         """As `Examples.read`."""
         # A file object would let go of Python's lock twice as often, for which threads wait.
-        file = os.open(f"{self.folder}{os.sep}{self._place(index)}", os.O_RDONLY)
+        place = f"{self.folder}{os.sep}{self._place(index)}"
+        descriptor = os.open(place, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         try:
-            size, blob = os.fstat(file).st_size, b""
-            while len(blob) < size and (more := os.read(file, size - len(blob))):
+            size, blob = os.fstat(descriptor).st_size, b""
+            while len(blob) < size and (more := os.read(descriptor, size - len(blob))):
                 blob += more
         finally:
-            os.close(file)
+            os.close(descriptor)
         return Encoded(blob, int(self.labels[index]))
 
     def name(self, index: int) -> str:

@@ -151,7 +151,7 @@ def open_stream(
 
     Example:
         >>> stream = open_stream("flowers", source="photographs")             # doctest: +SKIP
-        >>> next(stream.train(0, 1000, 32, seed=0)).images.shape              # doctest: +SKIP
+        >>> next(stream.train(0, 1000, 32, seed=0)).images().shape            # doctest: +SKIP
         (32, 224, 224, 3)
     """
     from revjax.data.examples import Examples, Subset

@@ -1,6 +1,6 @@
 """Batches of encoded images, decoded and cropped ahead of time in threads or processes.
 
-What a batch holds is a function of seed and step alone: so are the order of examples
+The images of a batch are a function of seed and step alone: so are the order of examples
 (revjax/data/order.py) and, by a counter-based generator, where each is cropped. The state of an
 iterator is then the step that it has come to, which a checkpoint has anyway: `train(start, ...)`
 goes on with the very next example, bit for bit, with whatever number of workers or processes. The
@@ -26,7 +26,7 @@ from revjax.data.crop import WORDS, central_box, random_box
 from revjax.data.dataset import DataError, DatasetInfo
 from revjax.data.decode import BrokenImageError, decode_part
 from revjax.data.examples import Examples
-from revjax.data.finish import finish
+from revjax.data.finish import finish_images
 from revjax.data.order import batch_indices
 
 _MAX_THREADS = 16
@@ -49,12 +49,13 @@ class Batch(NamedTuple):
     """A batch of examples, or a process's share of it.
 
     Attributes:
-        pixels: uint8 `[B, S, S, 3]`, in each of them what is seen of an image, not yet enlarged.
+        pixels: uint8 `[B, S, S, 3]`, in each of them what is seen of an image, not yet enlarged;
+            beside that anything, another time something else.
         boxes: int32 `[B, 4]`, where that is, as `Box`.
         mirrored: bool `[B]`, which images are yet to be mirrored.
         labels: int32 `[B]`.
         counted: bool `[B]`; false where a place of an evaluation's batch is empty, as the split
-            has come to its end or the image is broken. Image and label are then 0. In training
+            has come to its end or the image is broken. Pixels and label are then 0. In training
             always true.
         broken: what could not be decoded, each once. In training another example took its place.
     """
@@ -66,10 +67,9 @@ class Batch(NamedTuple):
     counted: np.ndarray
     broken: tuple[Broken, ...]
 
-    @property
     def images(self) -> jax.Array:
-        """The finished images, uint8 `[B, S, S, 3]`, made of the first three by `finish`."""
-        return finish(*map(jnp.asarray, self[:3]))
+        """The finished images, uint8 `[B, S, S, 3]`, by `finish_images` on JAX's default device."""
+        return finish_images(*map(jnp.asarray, (self.pixels, self.boxes, self.mirrored)))
 
 
 class Batches(Iterator[Batch]):
@@ -91,7 +91,7 @@ class Batches(Iterator[Batch]):
         if not flags.FLAGS.is_parsed():  # grain reads flags, of which few programs know
             flags.FLAGS.mark_as_parsed()
         threads = 1 if workers else min(os.cpu_count() or 1, _MAX_THREADS)
-        # One more, for the thread that is done first. More yet would only be out of the caches.
+        # One more, so that a thread need not wait for the one with the batch that is due.
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
         batches = grain.MapDataset.range(numbers.start, numbers.stop).map(make)
         processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
@@ -183,7 +183,7 @@ class ImageStream:
             >>> stream = open_stream("imagenette", source="imagenette2")      # doctest: +SKIP
             >>> with stream.train(0, 100, 32, seed=0) as batches:             # doctest: +SKIP
             ...     for batch in batches:
-            ...         print(batch.images.shape)
+            ...         print(batch.images().shape)
         """
         examples, rows = self.splits["train"], _rows(batch_size, share)
         if start < stop:
@@ -237,7 +237,7 @@ def _train_batch(
     number = len(examples)
     epoch, position = divmod(step, number // batch_size)
     order = batch_indices(seed, epoch, number, number)  # of the epoch, which is a batch of all
-    # One generator for all places of the batch, as making one takes a tenth of an image's resizing;
+    # One generator for all places of the batch, as it takes longer to make one than to draw a box;
     # its counters are apart from the order's, which are small.
     counter, key = np.array([0, 0, 0, 1], np.uint64), np.array([seed, step], np.uint64)
     words = np.random.Philox(key=key, counter=counter).random_raw((rows.stop, WORDS + 1))
@@ -262,16 +262,20 @@ def _test_batch(examples: Examples, size: int, batch_size: int, rows: range, num
     for place, row in enumerate(rows):
         index = number * batch_size + row
         if index >= len(examples) or not _put(batch, place, examples, index, central_box, broken):
-            batch.pixels[place], batch.boxes[place], batch.labels[place] = 0, (0, 0, 1, 1), 0
-            batch.counted[place] = False
+            batch.pixels[place], batch.labels[place], batch.counted[place] = 0, 0, False
     return batch._replace(broken=tuple(dict.fromkeys(broken)))
 
 
 def empty_batch(rows: int, size: int) -> Batch:
     """A batch whose places are to be filled, or not counted."""
-    pixels, boxes = np.empty((rows, size, size, 3), np.uint8), np.ones((rows, 4), np.int32)
-    mirrored, labels = np.zeros(rows, bool), np.zeros(rows, np.int32)
-    return Batch(pixels, boxes, mirrored, labels, np.ones(rows, bool), ())
+    return Batch(
+        pixels=np.empty((rows, size, size, 3), np.uint8),
+        boxes=np.tile(np.array([0, 0, size, size], np.int32), (rows, 1)),
+        mirrored=np.zeros(rows, bool),
+        labels=np.zeros(rows, np.int32),
+        counted=np.ones(rows, bool),
+        broken=(),
+    )
 
 
 def _put(

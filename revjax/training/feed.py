@@ -12,8 +12,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from revjax.data import FIXED_NORMALIZATIONS, batch_indices, is_streamed, load_dataset, open_stream
-from revjax.data.finish import finish
+from revjax.data import (
+    FIXED_NORMALIZATIONS,
+    batch_indices,
+    finish_images,
+    is_streamed,
+    load_dataset,
+    open_stream,
+)
 from revjax.data.stream import Batch, Batches, ImageStream, empty_batch
 from revjax.training.config import Config
 from revjax.training.mesh import batch_sharding, put, replicated
@@ -95,7 +101,7 @@ class StreamFeed:
         self._batches: Batches | None = None
         self._next = -1  # the step of the batch that comes next
         self._normalization = put(FIXED_NORMALIZATIONS[config.data.normalize], replicated(mesh))
-        self._finish: Any = jax.jit(finish, out_shardings=batch_sharding(mesh))
+        self._finish: Any = jax.jit(finish_images, out_shardings=batch_sharding(mesh))
         self.evaluated = [name for name in stream.splits if name != "train"]
         self.broken: dict[str, str] = {}
 
@@ -148,10 +154,12 @@ class StreamFeed:
                 self.broken[name] = reason
                 self._tell(f"the image {name} is broken ({reason}), and is left out.")
         sharding = batch_sharding(self._mesh)
-        *unfinished, labels, counted = (
-            jax.make_array_from_process_local_data(sharding, array) for array in batch[:-1]
+        pixels, boxes, mirrored, labels, counted = (
+            jax.make_array_from_process_local_data(sharding, array)
+            for array in (batch.pixels, batch.boxes, batch.mirrored, batch.labels, batch.counted)
         )
-        return Split(self._finish(*unfinished), labels, self._normalization), counted
+        images = self._finish(pixels, boxes, mirrored)
+        return Split(images, labels, self._normalization), counted
 
 
 Feed = MemoryFeed | StreamFeed

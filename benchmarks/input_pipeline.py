@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("source", help="a folder of images: DIR/train/CLASS/*.JPEG, DIR/val/...")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="default: a core each")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--turns", type=int, default=10, help="a multiple of 5 is fair")
     parser.add_argument("--images", type=int, default=2_000, help="that each has a turn")
     parser.add_argument("--json", type=Path, default=RESULTS / "input_pipeline.json")
     arguments = parser.parse_args()

@@ -130,7 +130,7 @@ def test_enlarging_is_that_of_pillow_in_float(side, box, mirrored):
     part = pixels[top : top + height, left : left + width].astype(np.float32)
     channels = [PIL.Image.fromarray(part[..., channel]) for channel in range(3)]
     way = PIL.Image.Resampling.BILINEAR
-    due = np.stack([channel.resize((side, side), way) for channel in channels], -1)
+    due = np.stack([np.asarray(channel.resize((side, side), way)) for channel in channels], -1)
     found = finished(pixels, box, mirrored)
     assert found.dtype == np.uint8
     np.testing.assert_allclose(found, due[:, ::-1] if mirrored else due, atol=0.5 + 1e-4)

@@ -9,11 +9,12 @@ state that grain's iterators keep depends on the number of workers, and is not u
 
 import dataclasses
 import functools
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import grain
@@ -25,12 +26,13 @@ from absl import flags
 from revjax.data.crop import WORDS, central_box, random_box
 from revjax.data.dataset import DataError, DatasetInfo
 from revjax.data.decode import BrokenImageError, decode_part
-from revjax.data.examples import Examples
+from revjax.data.examples import Encoded, Examples
 from revjax.data.finish import finish_images
 from revjax.data.order import batch_indices
 
 _MAX_THREADS = 16
 _MAX_BROKEN_IN_A_ROW = 100
+_READ_AT_A_TIME = 32  # examples of a thread; some megabytes
 
 
 class Broken(NamedTuple):
@@ -91,8 +93,8 @@ class Batches(Iterator[Batch]):
         if not flags.FLAGS.is_parsed():  # grain reads flags, of which few programs know
             flags.FLAGS.mark_as_parsed()
         threads = 1 if workers else min(os.cpu_count() or 1, _MAX_THREADS)
-        # One more, so that a thread need not wait for the one with the batch that is due.
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
+        # Twice as many, so that no thread waits for the one with the batch that is due.
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
         batches = grain.MapDataset.range(numbers.start, numbers.stop).map(make)
         processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
         ahead = batches.to_iter_dataset(options).mp_prefetch(processes, _start_worker)
@@ -110,11 +112,13 @@ class Batches(Iterator[Batch]):
                 "its batches in memory and in /dev/shm; give it that, or start again with "
                 "--config.data.workers=0."
             ) from error
+        if not self._shared:
+            return batch
         # Out of the memory shared with a worker, which is to be free again for its next ones.
-        *arrays, broken = batch
-        if self._shared:
-            arrays = map(np.array, arrays)
-        return Batch(*arrays, broken)
+        arrays = {
+            name: np.array(array) for name, array in batch._asdict().items() if name != "broken"
+        }
+        return batch._replace(**arrays)
 
     def close(self) -> None:
         """Ends the workers."""
@@ -243,12 +247,18 @@ def _train_batch(
     words = np.random.Philox(key=key, counter=counter).random_raw((rows.stop, WORDS + 1))
     if distort and flip:
         batch.mirrored[:] = words[rows.start :, WORDS] >> np.uint64(63) == 1
-    for place, row in enumerate(rows):
+    start = position * batch_size
+    due = order[start + rows.start : start + rows.stop].tolist()
+    for place, (row, example) in enumerate(zip(rows, _read_all(examples, due), strict=True)):
         choose = functools.partial(random_box, words[row, :WORDS]) if distort else central_box
-        first = position * batch_size + row
-        for after in range(first, first + _MAX_BROKEN_IN_A_ROW):
-            if _put(batch, place, examples, int(order[after % number]), choose, broken):
+        last = start + row + _MAX_BROKEN_IN_A_ROW
+        others = (int(order[after % number]) for after in range(start + row + 1, last))
+        replacements = ((index, _read(examples, index)) for index in others)
+        for index, found in itertools.chain([(due[place], example)], replacements):
+            reason = _put(batch, place, found, choose)
+            if reason is None:
                 break
+            broken.append(Broken(examples.name(index), reason))
         else:
             raise DataError(
                 f"{_MAX_BROKEN_IN_A_ROW} images in a row are broken, the last of them "
@@ -259,10 +269,15 @@ def _train_batch(
 
 def _test_batch(examples: Examples, size: int, batch_size: int, rows: range, number: int) -> Batch:
     batch, broken = empty_batch(len(rows), size), []
-    for place, row in enumerate(rows):
-        index = number * batch_size + row
-        if index >= len(examples) or not _put(batch, place, examples, index, central_box, broken):
-            batch.pixels[place], batch.labels[place], batch.counted[place] = 0, 0, False
+    start = number * batch_size
+    due = range(start + rows.start, min(start + rows.stop, len(examples)))
+    for place, (index, example) in enumerate(zip(due, _read_all(examples, due), strict=True)):
+        reason = _put(batch, place, example, central_box)
+        if reason is not None:
+            broken.append(Broken(examples.name(index), reason))
+            _empty(batch, place)
+    for place in range(len(due), len(rows)):
+        _empty(batch, place)
     return batch._replace(broken=tuple(dict.fromkeys(broken)))
 
 
@@ -278,22 +293,37 @@ def empty_batch(rows: int, size: int) -> Batch:
     )
 
 
-def _put(
-    batch: Batch,
-    place: int,
-    examples: Examples,
-    index: int,
-    choose: Callable,
-    broken: list[Broken],
-) -> bool:
-    """Puts an example in its place and says True, or notes that it is broken and says False."""
+def _empty(batch: Batch, place: int) -> None:
+    batch.pixels[place], batch.labels[place], batch.counted[place] = 0, 0, False
+
+
+def _read_all(examples: Examples, due: Sequence[int]) -> Iterator[Encoded | OSError]:
+    """Reads examples some at a time, and not each before it is decoded.
+
+    Reading is short, and lets go of Python's lock again and again; decoding is long, and does so
+    once. So most of the time no thread that decodes waits for one that reads.
+    """
+    for start in range(0, len(due), _READ_AT_A_TIME):
+        yield from [_read(examples, index) for index in due[start : start + _READ_AT_A_TIME]]
+
+
+def _read(examples: Examples, index: int) -> Encoded | OSError:
     try:
-        blob, batch.labels[place] = examples.read(index)
-        batch.boxes[place] = decode_part(blob, choose, batch.pixels[place])
-    except (BrokenImageError, OSError) as error:
-        broken.append(Broken(examples.name(index), str(error)))
-        return False
-    return True
+        return examples.read(index)
+    except OSError as error:
+        return error
+
+
+def _put(batch: Batch, place: int, example: Encoded | OSError, choose: Callable) -> str | None:
+    """Puts an example in its place, or says why it is broken."""
+    if isinstance(example, OSError):
+        return str(example)
+    batch.labels[place] = example.label
+    try:
+        batch.boxes[place] = decode_part(example.blob, choose, batch.pixels[place])
+    except BrokenImageError as error:
+        return str(error)
+    return None
 
 
 def _start_worker(worker: int, workers: int) -> None:

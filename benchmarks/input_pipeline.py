@@ -13,7 +13,7 @@ DIR is a folder of images as --config.data.source takes it. In turns, each begun
   224x224, one array for all: what a pipeline costs that leaves nothing to the device;
 - the pipeline: batches of training, read, decoded, cropped at random, shrunk to 224x224 where they
   are larger, and handed over, by workers, and by threads of one process, one for each core. What is
-  smaller is enlarged, and what is due mirrored, by the device, of which the speed alone is given.
+  smaller is enlarged, and what is due mirrored, by the device, which is given apart.
 
 A share is the median over the turns of the pipeline's speed against the decoding of the same turn,
 with the quartiles. Starting processes is not counted, nor are the first batches. Where the machine
@@ -49,6 +49,7 @@ import PIL.Image
 import simplejpeg
 from record import RESULTS, environment
 
+from revjax import memory_report
 from revjax.data import finish_images, open_stream
 from revjax.data.crop import WORDS, random_box
 from revjax.data.examples import Examples
@@ -118,18 +119,23 @@ def pipeline_speed(stream: ImageStream, batch_size: int, number: int) -> tuple[f
     return images / seconds, math.nan if stream.workers else images / used
 
 
-def finishing_speed(batch_size: int) -> list[float]:
-    """Images a second that the device makes of what the pipeline hands over."""
+def finishing(batch_size: int) -> dict[str, Any]:
+    """What it costs the device to finish what the pipeline hands over."""
     pixels = np.random.default_rng(0).integers(0, 256, (batch_size, SIZE, SIZE, 3), np.uint8)
     boxes, mirrored = np.tile([9, 9, 160, 120], (batch_size, 1)), np.arange(batch_size) % 2 == 0
     batch = jax.device_put((pixels, boxes.astype(np.int32), mirrored))
+    report = memory_report(finish_images, *batch)
     jax.block_until_ready(finish_images(*batch))
     speeds = []
     for _ in range(9):
         began = time.perf_counter()
         jax.block_until_ready(finish_images(*batch))
         speeds.append(batch_size / (time.perf_counter() - began))
-    return quartiles(speeds)
+    return {
+        "images_per_second": quartiles(speeds),
+        "temporary_bytes_an_image": report.temporary_bytes / batch_size,
+        "operations_an_image": report.operations / batch_size,
+    }
 
 
 def measure(source: str, workers: int, batch_size: int, turns: int, number: int) -> dict[str, Any]:
@@ -234,9 +240,12 @@ def main() -> None:
         print_table(name, rows[name])
     record = environment()
     record["versions"] |= {name: importlib.metadata.version(name) for name in PACKAGES}
-    finished = finishing_speed(arguments.batch)
-    print(f"\nthe device finishes {finished[1]:,.0f} images/s")
-    record["finished_per_second"] = finished
+    record["finishing"] = cost = finishing(arguments.batch)
+    print(
+        f"\nthe device finishes {cost['images_per_second'][1]:,.0f} images/s, each by "
+        f"{cost['operations_an_image'] / 1e9:.3f} x 10^9 operations and with "
+        f"{cost['temporary_bytes_an_image'] / 1e6:.2f} MB of temporaries"
+    )
     record |= {"workers": arguments.workers, "batch_size": arguments.batch}
     record |= {"turns": arguments.turns, "images_a_turn": arguments.images, "rows": rows}
     arguments.json.write_text(json.dumps(record, indent=2) + "\n")

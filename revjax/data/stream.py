@@ -275,9 +275,9 @@ def _test_batch(examples: Examples, size: int, batch_size: int, rows: range, num
         reason = _put(batch, place, example, central_box)
         if reason is not None:
             broken.append(Broken(examples.name(index), reason))
-            _empty(batch, place)
+            _leave_out(batch, place)
     for place in range(len(due), len(rows)):
-        _empty(batch, place)
+        _leave_out(batch, place)
     return batch._replace(broken=tuple(dict.fromkeys(broken)))
 
 
@@ -293,7 +293,7 @@ def empty_batch(rows: int, size: int) -> Batch:
     )
 
 
-def _empty(batch: Batch, place: int) -> None:
+def _leave_out(batch: Batch, place: int) -> None:
     batch.pixels[place], batch.labels[place], batch.counted[place] = 0, 0, False
 
 

@@ -13,6 +13,7 @@ from flax import nnx
 
 from revjax.conv import conv
 from revjax.conventions import Conventions
+from revjax.pool import max_pool
 from revjax.recompute import recompute
 from revjax.stochastic_depth import apply_gated
 
@@ -114,7 +115,7 @@ class Stem(nnx.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         x = self.norm_relu(self.conv(images.astype(self.dtype)))
         if self.large_images:
-            x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
+            x = max_pool(x)
         return x
 
 

@@ -168,7 +168,7 @@ def check_reversible(
     bits, due, segments, operands = lay_out([chain], x, args, coupling, grid_bits, has_aux)
     if not segments or segments[0].depth == 0:
         raise ValueError("the chain has no blocks: give params of at least one to check.")
-    (block, depth), (own, (own_xs, _), _) = segments[0], operands[0]
+    (block, depth, *_), (own, (own_xs, _), _) = segments[0], operands[0]
 
     def apply(params, x, args, xs, backward: Backward = "reversible"):
         ranges = []

@@ -65,6 +65,25 @@ def check_unroll(unroll: Any) -> int | bool:
     return number
 
 
+def check_store_last(store_last: Any, blocks: int, backward: str) -> int:
+    """`store_last` as an int, or a ValueError: from 0 to blocks, and 0 if not "reversible"."""
+    try:
+        number = -1 if isinstance(store_last, bool) else operator.index(store_last)
+    except TypeError:
+        number = -1
+    if not 0 <= number <= blocks:
+        raise ValueError(
+            f"store_last={store_last!r}: give a number from 0 to {blocks}, as there are so many "
+            "reversible blocks."
+        )
+    if number and backward != "reversible":
+        raise ValueError(
+            f'store_last={number} and backward="{backward}": leave store_last out, which is an '
+            'option of "reversible".'
+        )
+    return number
+
+
 def check_pair(name: str, pair: PyTree, hint: str = "") -> PyTree:
     """Return `pair`, or raise a TypeError, with a hint, unless it is a tuple or list of two."""
     if not (isinstance(pair, tuple | list) and len(pair) == 2):

@@ -90,12 +90,12 @@ UNITS: Any = (
 )
 FAMILIES = {
     "resnet": Family(ResNet, *UNITS, free=("placement", "shortcut", "conventions")),
-    "revnet": Family(RevNet, *UNITS),
+    "revnet": Family(RevNet, *UNITS, free=("store_last",)),
     "revvit": Family(
         RevViT,
         {"depth": 12, "width": 192, "heads": 6, "patch": 4, "image_size": 32},
         ("depth", "width", "heads", "patch"),
-        free=("image_size",),
+        free=("image_size", "store_last"),
     ),
 }
 
@@ -140,6 +140,7 @@ def create_model(
     backward: str | None = None,
     grid_bits: GridBits = "default",
     unroll: int | bool = 1,
+    store_last: int | None = None,
     dtype: Any = jnp.float32,
     units: Sequence[int] | None = None,
     filters: Sequence[int] | None = None,
@@ -172,6 +173,8 @@ def create_model(
             for a ResNet, which cannot have it), "remat" or "store" (that of a ResNet).
         grid_bits: see `RevNet`; by default 14. A ResNet has no grid.
         unroll: see `RevNet`.
+        store_last: how many of the last units store, see `RevNet`; None is as many as leave the
+            peak of memory as it is, and in a RevViT none. A ResNet has no such option.
         dtype: what convolutions and products compute in: float32, bfloat16, float16 or float64.
         units, filters, bottleneck: of an architecture of one's own, see `RevNet`.
         depth, width, heads, patch: the same of a Transformer, see `RevViT`.
@@ -204,6 +207,7 @@ def create_model(
         "units": units,
         "filters": filters,
         "bottleneck": bottleneck,
+        "store_last": store_last,
         "depth": depth,
         "width": width,
         "heads": heads,

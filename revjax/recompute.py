@@ -74,11 +74,17 @@ mlir.register_lowering(
 def checkpoint_step(step: Callable, depth: int, unroll: int | bool) -> Callable:
     """`jax.checkpoint(step)`, for a `lax.scan` of that length and unroll.
 
-    A loop keeps the recomputation apart without a barrier. It is sure to be there only for one step
-    an iteration, and two iterations or more.
+    A loop keeps the recomputation apart without a barrier.
     """
-    loop = unroll is not True and unroll == 1 and depth > 1
-    return jax.checkpoint(step, prevent_cse=not loop)
+    return jax.checkpoint(step, prevent_cse=not stays_loop(depth, unroll))
+
+
+def stays_loop(depth: int, unroll: int | bool) -> bool:
+    """True if a `lax.scan` of that length and unroll is a loop in the compiled program.
+
+    It is sure to be one only for one step an iteration, and two iterations or more.
+    """
+    return unroll is not True and unroll == 1 and depth > 1
 
 
 def recompute(fun: Callable, x: PyTree, *operands: PyTree) -> tuple[PyTree, PyTree]:

@@ -8,7 +8,8 @@ A block (Gomez et al. 2017, eq. 6 and 7), here with the additive coupling:
 The rule saves the parameters, the arguments and the *output* of a chain of blocks, nothing in
 between. Backward it goes from the last block to the first (their algorithm 1); one `jax.vjp` a
 function both reconstructs the block's input and differentiates the block. So each function is
-evaluated twice a step, and activation memory does not grow with depth.
+evaluated twice a step, and activation memory does not grow with depth. The last `store_last` blocks
+are left out of this: they store, are evaluated once, and what is output of the others is saved.
 
 Not supported: forward mode. `jax.jvp` of a chain raises JAX's error for custom_vjp functions.
 `jvp` of `grad` (Hessian-vector products) works and stores nothing more; `grad` of `grad` works and
@@ -23,12 +24,26 @@ from typing import Any, Literal, TypedDict, Unpack
 import jax
 import jax.numpy as jnp
 
-from revjax.contract import Gates, check_backward, check_function, check_pair, check_unroll
+from revjax.contract import (
+    Gates,
+    check_backward,
+    check_function,
+    check_pair,
+    check_store_last,
+    check_unroll,
+)
 from revjax.coupling import Coupling, additive
-from revjax.gate import run_if
+from revjax.gate import keep_dear, run_if
 from revjax.grid import GridBits, stream_bound, stream_peak
-from revjax.recompute import after, apart, checkpoint_step, recompute
-from revjax.segments import close, lay_out
+from revjax.recompute import after, apart, checkpoint_step, recompute, stays_loop
+from revjax.segments import (
+    close,
+    concatenate,
+    last_operands,
+    lay_out,
+    put_after,
+    split_last,
+)
 from revjax.trees import PyTree, add, is_inexact, merge, partition, vjp
 
 Pair = tuple[PyTree, PyTree]
@@ -109,6 +124,7 @@ def rev_chain_apply(
     has_aux: bool = False,
     unroll: int | bool = 1,
     backward: Backward = "reversible",
+    store_last: int = 0,
     range_check: Callable[[jax.Array, float], object] | None = None,
 ) -> Any:
     """Apply a chain of reversible blocks, whose gradient needs the activations of one block only.
@@ -147,6 +163,10 @@ def rev_chain_apply(
         unroll: as in `lax.scan`.
         backward: "reversible" reconstructs activations from the output; "remat" keeps the input of
             each block and recomputes the rest; "store" keeps all. Values are the same.
+        store_last: of so many blocks, the last, "reversible" keeps what products, convolutions and
+            sums give, and does not compute that again. These blocks are differentiated first: what
+            they keep is gone before the others need memory, so that the last blocks of a network
+            whose first are larger store at no cost.
         range_check: called with the largest |stream| of the forward pass (float32 scalar, traced)
             and its bound: `warn_out_of_range`, `check_in_range`, or your own. None costs nothing.
 
@@ -169,7 +189,7 @@ def rev_chain_apply(
     """
     chain = f, g, params, xs, gates
     y, (aux,) = apply_chains(
-        [chain], x, args, coupling, grid_bits, has_aux, unroll, backward, range_check
+        [chain], x, args, coupling, grid_bits, has_aux, unroll, backward, store_last, range_check
     )
     return (y, aux) if has_aux else y
 
@@ -183,6 +203,7 @@ def apply_chains(
     has_aux: bool,
     unroll: int | bool,
     backward: Backward,
+    store_last: int,
     range_check: Callable[[jax.Array, float], object] | None,
 ) -> tuple[Pair, list[Any]]:
     """Apply chains `(f, g, params, xs, gates)` in turn, as one: nothing is saved in between.
@@ -194,9 +215,11 @@ def apply_chains(
     if range_check is not None:
         check_function("range_check", range_check)
     bits, x, segments, operands = lay_out(chains, x, args, coupling, grid_bits, has_aux)
+    depths = [1 if segment.depth is None else segment.depth for segment in segments]
+    store_last = check_store_last(store_last, sum(depths), backward)
     track = range_check is not None
-    if backward == "reversible" and 0 not in [segment.depth for segment in segments]:
-        y, auxes, peaks = _reversible(segments, operands, x, unroll, track)
+    if backward == "reversible" and 0 not in depths:
+        y, auxes, peaks = _reversible(segments, operands, x, unroll, track, store_last)
     else:
         remat = backward == "remat"
         y, auxes, peaks = _forward_chain(segments, operands, x, unroll, track, remat)
@@ -258,11 +281,12 @@ def rev_chain_inverse(
 # One block --------------------------------------------------------------------------------------
 
 
-def _forward(block, x, params, xs, shared):
+def _forward(block, x, params, xs, shared, keep=None):
+    """The block's output, and aux; keep wraps what a function does (`gate.keep_dear`)."""
     f, g, coupling = block
     (x1, x2), (xs, (gate_f, gate_g)) = x, xs
-    y1, f_aux = _do(f, coupling, gate_f, x1, params[0], x2, xs, *shared[0])
-    y2, g_aux = _do(g, coupling, gate_g, x2, params[1], y1, xs, *shared[1])
+    y1, x2, f_aux = _do(f, coupling, gate_f, x1, params[0], x2, xs, *shared[0], keep=keep)
+    y2, y1, g_aux = _do(g, coupling, gate_g, x2, params[1], y1, xs, *shared[1], keep=keep)
     return (y1, y2), (f_aux, g_aux)
 
 
@@ -270,8 +294,8 @@ def _inverse(block, y, params, xs, shared):
     f, g, coupling = block
     (y1, y2), (xs, (gate_f, gate_g)) = y, xs
     inverse = coupling._replace(combine=coupling.separate)
-    x2, _ = _do(g, inverse, gate_g, y2, params[1], y1, xs, *shared[1])
-    x1, _ = _do(f, inverse, gate_f, y1, params[0], x2, xs, *shared[0])
+    x2, *_ = _do(g, inverse, gate_g, y2, params[1], y1, xs, *shared[1])
+    x1, *_ = _do(f, inverse, gate_f, y1, params[0], x2, xs, *shared[0])
     return x1, x2
 
 
@@ -287,14 +311,25 @@ def _backward(block, y, dy, params, xs, shared):
     return (x1, x2), (dx1, dx2), dparams, dxs, dshared
 
 
-def _do(h, coupling, gate, x, *operands):
-    """`combine(x, residual)`, and h's aux; where the gate is closed, x and zeros."""
+def _do(h, coupling, gate, x, params, half, *operands, keep=None):
+    """`combine(x, residual)`, half, and h's aux; where the gate is closed, x, half and zeros.
+
+    With keep half is handed through, as in `_undo`.
+    """
 
     def run(x, params, half, *operands):
         residual, aux = h(params, apart(half), *operands)
         return coupling.combine(x, residual), aux
 
-    return run_if(gate, run, lambda zeros, x, *_: (x, zeros[1]), x, *operands)
+    def run_and_hand_through(x, params, half, *operands):
+        return run(x, params, half, *operands), half
+
+    if keep is not None and gate is None:  # an open gate keeps what is dear by itself
+        (y, aux), half = keep(run_and_hand_through)(x, params, half, *operands)
+    else:
+        operands = params, half, *operands
+        y, aux = run_if(gate, run, lambda zeros, x, *_: (x, zeros[1]), x, *operands)
+    return y, half, aux
 
 
 def _undo(h, coupling, gate, y, dy, dhalf, params, half, *operands):
@@ -324,10 +359,34 @@ def _undo(h, coupling, gate, y, dy, dhalf, params, half, *operands):
 # The chain: segments; and apart, as they are traced, their operands `(params, xs, shared)` ------
 
 
-def _run(step, carry, segment, params, xs, unroll, reverse=False):
+def _run(step, carry, segment, params, xs, unroll, reverse=False, last=None):
+    """The last carry, and what the steps return.
+
+    Where only the first blocks of a scan run, last is what the steps of the others returned: what
+    is returned is of all blocks then.
+    """
     if segment.depth is None:
         return step(carry, (params, xs))
-    return jax.lax.scan(step, carry, (params, xs), reverse=reverse, unroll=unroll)
+    scan = partial(jax.lax.scan, reverse=reverse, unroll=unroll)
+    if segment.run == segment.depth:
+        return scan(step, carry, (params, xs))
+
+    # Some of the blocks: read in place, and written beside last, where slices would be copies.
+    def step_at(carry, i):
+        return step(carry, jax.tree.map(lambda leaf: leaf[i], (params, xs)))
+
+    def step_into(carry, i):
+        carry, into = carry
+        carry, out = step_at(carry, i)
+        put = partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0)
+        return (carry, jax.tree.map(put, into, out)), None
+
+    indices = jnp.arange(segment.run, dtype=jnp.uint32)
+    if last is None or not stays_loop(segment.run, unroll):
+        carry, out = scan(step_at, carry, indices)
+        return carry, out if last is None else concatenate(out, last)
+    (carry, out), _ = scan(step_into, (carry, put_after(segment.run, last)), indices)
+    return carry, out
 
 
 def _forward_chain(segments, operands, x, unroll, track, remat=False):
@@ -336,10 +395,15 @@ def _forward_chain(segments, operands, x, unroll, track, remat=False):
         alone = remat and segment.depth is None
         segment, (params, xs, shared) = close(segment, own, like) if alone else (segment, own)
 
-        def step(x, per_block, block=segment.block, shared=shared, alone=alone):
-            apply = partial(_forward, block)
-            call: Any = partial(recompute, apply) if alone else apply
-            y, aux = call(x, *per_block, shared)
+        apply: Any = partial(_forward, segment.block)
+        if segment.stores:
+            loop = segment.depth is not None and stays_loop(segment.depth, unroll)
+            apply = partial(apply, keep=partial(keep_dear, prevent_cse=not loop))
+        elif alone:
+            apply = partial(recompute, apply)
+
+        def step(x, per_block, apply=apply, shared=shared):
+            y, aux = apply(x, *per_block, shared)
             return y, (aux, stream_peak(y) if track else None)
 
         if remat and segment.depth is not None:
@@ -350,8 +414,9 @@ def _forward_chain(segments, operands, x, unroll, track, remat=False):
     return x, auxes, peaks
 
 
-def _backward_chain(segments, operands, y, dy, unroll):
-    doperands, ready = [], dy  # what is there before the next segment begins
+def _backward_chain(segments, operands, y, dy, unroll, dlast):
+    """The cotangents of x and of the operands, of which dlast are those of the last blocks."""
+    doperands, ready = [], (dy, dlast)  # what is there before the next segment begins
     for segment, (params, xs, shared) in zip(reversed(segments), reversed(operands), strict=True):
 
         def step(carry, per_block, block=segment.block, shared=shared):
@@ -361,31 +426,57 @@ def _backward_chain(segments, operands, y, dy, unroll):
             return (x, dx, add(dshared, dshared_i)), (dparams, dxs)
 
         y, dy = after((y, dy), ready)
-        carry = (y, dy, jax.tree.map(jnp.zeros_like, partition(shared)[0]))
-        carry, (dparams, dxs) = _run(step, carry, segment, params, xs, unroll, reverse=True)
+        if segment.run == segment.depth:
+            last, dshared = None, jax.tree.map(jnp.zeros_like, partition(shared)[0])
+        else:
+            last, dshared = tuple(dlast[0][:2]), dlast[0][2]
+        carry = y, dy, dshared
+        options: Any = dict(reverse=True, last=last)
+        carry, (dparams, dxs) = _run(step, carry, segment, params, xs, unroll, **options)
         y, dy, dshared = carry
         ready = dparams, dxs, dshared
         doperands.append((dparams, dxs, dshared))
     return dy, doperands[::-1]
 
 
-def _reversible(segments, operands, x, unroll, track):
-    """`_forward_chain` under the rule: the operands and y are saved, and nothing else."""
+def _reversible(segments, operands, x, unroll, track, store_last):
+    """`_forward_chain` under the rule, which saves the operands and the output.
+
+    With store_last the output of the blocks before, and what stored backpropagation keeps of these.
+    """
     closed = [close(segment, own, x) for segment, own in zip(segments, operands, strict=True)]
     segments, operands = [segment for segment, _ in closed], [own for _, own in closed]
+    head, tail = split_last(segments, store_last)
+    in_both = len(head) + len(tail) - len(segments)  # 1 where a scan is
 
     def chain(floating, others):
         x, operands = merge(floating, others)
         return _forward_chain(segments, operands, x, unroll, track)
 
     def chain_fwd(floating, others):
-        y, auxes, peaks = chain(floating, others)
-        return (y, auxes, peaks), (merge(floating, others)[1], y)
+        x, operands = merge(floating, others)
+        y, auxes, peaks = _forward_chain(head, operands[: len(head)], x, unroll, track)
+        floating, others = partition((y, last_operands(tail, operands)))
+
+        def last(floating):
+            y, own = merge(floating, others)
+            z, auxes, peaks = _forward_chain(tail, own, y, unroll, track)
+            floating, rest = partition(z)
+            return floating, (rest, auxes, peaks)
+
+        z, pullback, (rest, *of_last) = jax.vjp(last, floating, has_aux=True)
+        auxes, peaks = (
+            [*a[:-1], concatenate(a[-1], b[0]), *b[1:]] if in_both else [*a, *b]
+            for a, b in zip((auxes, peaks), of_last, strict=True)
+        )
+        return (merge(z, rest), auxes, peaks), (operands, y, pullback)
 
     def chain_bwd(saved, cotangents):
-        operands, y = saved
-        dy = jax.tree.map(lambda a, da: da if is_inexact(a) else None, y, cotangents[0])
-        return _backward_chain(segments, operands, y, dy, unroll), None
+        operands, y, pullback = saved
+        dz = jax.tree.map(lambda a, da: da if is_inexact(a) else None, y, cotangents[0])
+        ((dy, dlast),) = pullback(dz)
+        dx, dfirst = _backward_chain(head, operands[: len(head)], y, dy, unroll, dlast)
+        return (dx, [*dfirst, *dlast[in_both:]]), None
 
     rule = jax.custom_vjp(chain)
     rule.defvjp(chain_fwd, chain_bwd)

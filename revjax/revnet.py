@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from revjax.architecture import check_architecture, check_images, integer
+from revjax.contract import check_store_last
 from revjax.conventions import CONVENTIONS
 from revjax.grid import DEFAULT_GRID_BITS
 from revjax.layers import Head, Stem, call_gated, call_recomputed, split_first
@@ -39,6 +40,11 @@ class Transition(nnx.Module):
         return y1, y2
 
 
+def keeps_shape(inputs: int, outputs: int, stride: int) -> bool:
+    """True of a unit that can be reversible; one that changes shape is a `Transition`."""
+    return stride == 1 and inputs == outputs
+
+
 class RevStage(nnx.Module):
     """`depth` units, of which the first may change shape and the others are one reversible chain.
 
@@ -56,6 +62,7 @@ class RevStage(nnx.Module):
         backward,
         grid_bits,
         unroll,
+        store_last,
         rngs,
         **kind,
     ):
@@ -69,7 +76,8 @@ class RevStage(nnx.Module):
             return Residual(outputs, outputs, rngs=rngs, **kind)
 
         self.store = backward == "store"
-        if stride == 1 and inputs == outputs:
+        self.store_last = store_last
+        if keeps_shape(inputs, outputs, stride):
             self.first = ReversibleStage(first, residual, **rule)
         else:
             self.first = Transition(
@@ -85,7 +93,10 @@ class RevStage(nnx.Module):
             chains, own = [self.first, *chains], [first, *own]
         else:
             x = self.first(x, first) if self.store else call_recomputed(self.first, x, first)
-        return call_stages(chains, x, keys=[None] * len(chains), gates=own) if chains else x
+        if not chains:
+            return x
+        keys = [None] * len(chains)
+        return call_stages(chains, x, keys=keys, gates=own, store_last=self.store_last)
 
     def inverse(self, y: Pair, gates: StageGates = (None, None)) -> Pair:
         """Undo the reversible part: the input of the stage, or of its second unit.
@@ -125,6 +136,10 @@ class RevNet(nnx.Module):
         unroll: units in one iteration of the loop over the equal units of a stage, as in
             `lax.scan`; True leaves no loop. More take longer to compile; whether they take less
             time or memory is the compiler's matter.
+        store_last: of so many reversible units, the last, "reversible" keeps what convolutions and
+            sums give, and computes nothing but normalisation and ReLU again (`rev_chain_apply`).
+            None is as many as leave the peak of memory in the first stage, where batches are large
+            enough for activations to be most of it.
         dtype: what convolutions compute in; the stream, statistics and parameters are float32, or
             float64 where dtype is.
         rngs: with a stream "params".
@@ -157,6 +172,7 @@ class RevNet(nnx.Module):
         backward: Backward = "reversible",
         grid_bits: int | None = DEFAULT_GRID_BITS,
         unroll: int | bool = 1,
+        store_last: int | None = None,
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -177,25 +193,35 @@ class RevNet(nnx.Module):
         self.store = backward == "store"
         kind: Any = dict(conventions=CONVENTIONS["revnet"], dtype=dtype, rngs=rngs)
         self.stem = Stem(in_channels, filters[0], large_images=large_images, **kind)
-        width, stages = filters[0], []
-        for i, (depth, listed) in enumerate(zip(units, filters[1:], strict=True)):
-            outputs = 4 * listed if bottleneck else listed
+        widths = [filters[0], *((4 if bottleneck else 1) * listed for listed in filters[1:])]
+        strides = [1, *[2] * (len(units) - 1)]
+        edges = list(itertools.pairwise(widths))
+        chains = [
+            depth if keeps_shape(*edge, stride) else depth - 1
+            for depth, edge, stride in zip(units, edges, strides, strict=True)
+        ]
+        if store_last is None:
+            store_last = units_to_store(chains, widths[1:], bottleneck)
+            store_last = store_last if backward == "reversible" else 0
+        store_last = check_store_last(store_last, sum(chains), backward)
+        stages = []
+        for i, (inputs, outputs) in enumerate(edges):
             stage = RevStage(
-                width,
+                inputs,
                 outputs,
-                1 if i == 0 else 2,
-                depth,
+                strides[i],
+                units[i],
                 preactivate=i > 0,
                 backward=backward,
                 grid_bits=grid_bits,
                 unroll=unroll,
+                store_last=min(max(store_last - sum(chains[i + 1 :]), 0), chains[i]),
                 bottleneck=bottleneck,
                 **kind,
             )
             stages.append(stage)
-            width = outputs
         self.stages = nnx.List(stages)
-        self.head = Head(width, num_classes, **kind)
+        self.head = Head(widths[-1], num_classes, **kind)
 
     def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """`[B, H, W, in_channels] -> [B, num_classes]`, in the dtype of the stream.
@@ -229,3 +255,45 @@ class RevNet(nnx.Module):
         f, g = gates[0::2], gates[1::2]
         edges = np.cumsum((0, *self.units))
         return [(f[i:j], g[i:j]) for i, j in itertools.pairwise(edges)]
+
+
+def units_to_store(chains: Sequence[int], widths: Sequence[int], bottleneck: bool) -> int:
+    """How many of the last reversible units can store and leave the peak of memory where it is.
+
+    The peak is where the first stage is differentiated, whose activations are the largest. What the
+    last units keep is gone by then, so they may keep as much as stays below it. Activations are
+    counted, in halves of the stream: neither the batch nor parameters play a part.
+
+    Args:
+        chains: reversible units of each stage.
+        widths: channels of each stage, of which each next one has a quarter of the pixels.
+        bottleneck: as `RevNet` takes it.
+
+    Returns:
+        The number, counted from the end of the network.
+    """
+    # A unit keeps its functions' inputs and the outputs of all convolutions but their last. What
+    # differentiating one takes (stream, outputs of convolutions, their cotangents, and what waits
+    # for kernel gradients) was found by `python -m revjax.memory --store_last N`, on a CPU and for
+    # an H100.
+    kept, working = (3, 7) if bottleneck else (4, 10)
+    sizes = [width * 4 ** (len(widths) - i) for i, width in enumerate(widths)]
+
+    def fits(stored: list[int]) -> bool:
+        for i, size in enumerate(sizes):
+            inputs = 2 * sum(sizes[:i])  # of the units that change shape, up to this stage
+            waiting = [kept * sizes[j] * stored[j] for j in range(i + 1)]
+            if sum(waiting) and sum(waiting) + inputs + working * size >= working * sizes[0]:
+                return False
+            before = sum(waiting[:-1])  # while the unit that changes shape is differentiated
+            if before and before + inputs + working * sizes[i - 1] >= working * sizes[0]:
+                return False
+        return True
+
+    stored = [0] * len(chains)
+    for i in reversed(range(len(chains))):
+        for _ in range(chains[i]):
+            stored[i] += 1
+            if not fits(stored):
+                return sum(stored) - 1
+    return sum(stored)

@@ -72,6 +72,7 @@ class RevViT(nnx.Module):
         stochastic_depth: as in `RevNet`, a gate for each F and each G. The authors' is
             `granularity="sample"`, except that there both of a block share a gate.
         backward, grid_bits, unroll: as in `RevNet`, with blocks for units.
+        store_last: the same; None is 0, as all blocks are of one size.
         dtype: what products compute in, those of the attention too; the stream, LayerNorm, softmax
             and parameters are float32, or float64 where dtype is.
         rngs: with a stream "params".
@@ -99,6 +100,7 @@ class RevViT(nnx.Module):
         backward: Backward = "reversible",
         grid_bits: int | None = DEFAULT_GRID_BITS,
         unroll: int | bool = 1,
+        store_last: int | None = None,
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -128,6 +130,7 @@ class RevViT(nnx.Module):
             return MLP(width, **kind | {"rngs": rngs})
 
         rule: Any = dict(backward=backward, grid_bits=grid_bits, unroll=unroll)
+        rule["store_last"] = 0 if store_last is None else store_last
         self.stem = PatchEmbedding(image_size, patch, in_channels, width, **kind)
         self.stages = nnx.List([ReversibleStage(attention, mlp, depth, rngs=rngs, **rule)])
         self.head = TokenHead(width, num_classes, **kind)

@@ -3,6 +3,7 @@
 A segment is a scan over equal blocks, or a single block of a list. Its operands are
 `(params, (xs, gates), shared)`: those that differ by block, `[depth, ...]` in a scan, and those
 that all blocks share, `[for f, for g]`, which are the arguments and what f and g close over.
+The last blocks may be segments that store, which takes a scan in two.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from revjax.contract import (
 )
 from revjax.coupling import Coupling
 from revjax.grid import resolve_grid_bits, round_to_grid
-from revjax.trees import check_arrays, hoist_closure
+from revjax.trees import PyTree, check_arrays, hoist_closure
 
 
 class Block(NamedTuple):
@@ -36,6 +37,8 @@ class Segment(NamedTuple):
 
     block: Block
     depth: int | None  # of a scan; None: a single block, whose operands have no leading axis
+    run: int | None  # of a scan: how many of these blocks run, from the first
+    stores: bool = False  # what is dear, see gate.py, where it is differentiated without the rule
 
 
 def lay_out(chains, x, args, coupling, grid_bits, has_aux):
@@ -51,9 +54,51 @@ def lay_out(chains, x, args, coupling, grid_bits, has_aux):
         f = residual_function("f", f, x1, coupling, bits, has_aux, has_xs)
         g = residual_function("g", g, x2, coupling, bits, has_aux, has_xs)
         for both in zip(params, xs, strict=True):
-            segments.append(Segment(Block(f, g, coupling), depth))
+            segments.append(Segment(Block(f, g, coupling), depth, depth))
             operands.append((*both, [[args], [args]]))
     return bits, x, segments, operands
+
+
+def split_last(segments: list[Segment], count: int) -> tuple[list[Segment], list[Segment]]:
+    """All blocks but the last `count`, and these, which store.
+
+    A scan may be in both. The operands of the former are the first ones as they are, and those of
+    the latter are what `last_operands` takes of the others.
+    """
+    head, tail = list(segments), []
+    while count:
+        segment = head.pop()
+        depth = segment.depth
+        number = 1 if depth is None else min(count, depth)
+        if depth is not None and number < depth:
+            head.append(segment._replace(run=depth - number))
+        size = None if depth is None else number
+        tail.append(segment._replace(depth=size, run=size, stores=True))
+        count -= number
+    return head, tail[::-1]
+
+
+def last_operands(tail: list[Segment], operands: list) -> list:
+    """Of the operands of all segments, those of the last, as `split_last` has these."""
+    last = operands[len(operands) - len(tail) :]
+    return [
+        own
+        if segment.depth is None
+        else (*jax.tree.map(lambda leaf, n=segment.depth: leaf[-n:], own[:2]), own[2])
+        for segment, own in zip(tail, last, strict=True)
+    ]
+
+
+def concatenate(first: PyTree, last: PyTree) -> PyTree:
+    """What the blocks of a scan gave: the first ones and the others, along the leading axis."""
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), first, last)
+
+
+def put_after(number: int, last: PyTree) -> PyTree:
+    """What the last blocks of a scan gave, after zeros in place of what `number` others will."""
+    return jax.tree.map(
+        lambda leaf: jnp.pad(leaf, [(number, 0), *[(0, 0)] * (leaf.ndim - 1)]), last
+    )
 
 
 def close(segment, operands, x):

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from revjax.architecture import integer
-from revjax.contract import check_backward, check_coupling, check_key, check_pair, check_unroll
+from revjax.contract import (
+    check_backward,
+    check_coupling,
+    check_key,
+    check_pair,
+    check_store_last,
+    check_unroll,
+)
 from revjax.coupling import Coupling, additive
 from revjax.grid import GridBits
 from revjax.layers import pure, stack
@@ -49,7 +56,7 @@ class ReversibleStage(nnx.Module):
             the modules themselves: for a single block, or with every array `[depth, ...]`.
         depth: the number of blocks, run by `lax.scan`; None for a single one, run without.
         rngs: what f and g draw from; not read where they are modules.
-        coupling, grid_bits, backward, unroll: as in `rev_chain_apply`.
+        coupling, grid_bits, backward, unroll, store_last: as in `rev_chain_apply`.
 
     Raises:
         TypeError, ValueError: an argument is not what it is here, or what `rev_chain_apply` raises.
@@ -79,12 +86,14 @@ class ReversibleStage(nnx.Module):
         grid_bits: GridBits = "default",
         backward: Backward = "reversible",
         unroll: int | bool = 1,
+        store_last: int = 0,
     ):
         self.depth = depth if depth is None else integer("depth", depth)
         self.coupling = check_coupling(coupling)
         self.grid_bits: GridBits = grid_bits
         self.backward: Backward = check_backward(backward)
         self.unroll = check_unroll(unroll)
+        self.store_last = check_store_last(store_last, self.depth or 1, backward)
         self.deterministic = False  # set by train() and eval()
         self.f = _members("f", f, self.depth, rngs)
         self.g = _members("g", g, self.depth, rngs)
@@ -114,7 +123,7 @@ class ReversibleStage(nnx.Module):
                 as in `rev_chain_apply`, or floating `[depth, ...]` for factors of the residuals,
                 which have no gradient. Without the leading axis where the stage has no depth.
         """
-        return call_stages([self], x, *args, keys=[key], gates=[gates])
+        return call_stages([self], x, *args, keys=[key], gates=[gates], store_last=self.store_last)
 
     def inverse(
         self,
@@ -187,8 +196,12 @@ def call_stages(
     *args: PyTree,
     keys: Sequence[jax.Array | None],
     gates: list[StageGates],
+    store_last: int,
 ) -> Pair:
-    """Apply stages in turn, as one reversible chain; all have the options of the first."""
+    """Apply stages in turn, as one reversible chain; all have the options of the first.
+
+    store_last is that of the chain, where its way is "reversible": it may have been set since.
+    """
     first = stages[0]
 
     def record(peak, bound):
@@ -206,6 +219,7 @@ def call_stages(
         has_aux=True,
         unroll=first.unroll,
         backward=first.backward,
+        store_last=store_last if first.backward == "reversible" else 0,
         range_check=record if track else None,
     )
     for stage, own, aux in zip(stages, gates, auxes, strict=True):

@@ -130,10 +130,10 @@ def check_against_loop(got, gates_f, gates_g, affine=False):
             chex.assert_trees_all_close(aux, due_aux, rtol=1e-12)
 
 
-def with_gradients(backward, listed, affine=False):
+def with_gradients(backward, listed, affine=False, **options):
     """A compiled function of gates and `operands()`."""
     h = (affine_f, affine_g) if affine else (f, g)
-    how = dict(has_aux=True, backward=backward)
+    how = dict(has_aux=True, backward=backward, **options)
     if affine:
         how["coupling"] = revjax.affine
 
@@ -154,6 +154,11 @@ def test_a_chain_with_gates_is_that_of_its_open_functions(x64, backward, listed)
     step = with_gradients(backward, listed)
     check_against_loop(step(operands(), (GATES_F, GATES_G)), GATES_F, GATES_G)
     check_against_loop(step(operands(), (~GATES_F, GATES_G)), ~GATES_F, GATES_G)
+
+
+def test_blocks_that_store_with_gates(x64):
+    step = with_gradients("reversible", False, store_last=2)
+    check_against_loop(step(operands(), (GATES_F, GATES_G)), GATES_F, GATES_G)
 
 
 def test_affine_coupling_with_gates(x64):

@@ -12,7 +12,7 @@ import revjax
 from revjax import MemoryReport, memory_report
 from revjax.conv import conv
 from revjax.memory import __main__ as command
-from revjax.memory.network import abstract_network, largest_batch, training_step
+from revjax.memory.network import abstract_network, largest_batch, training_step, usual_image
 from revjax.models import ARCHITECTURES, Architecture, Transformer
 from revjax.reversible import Backward
 
@@ -216,18 +216,40 @@ def test_no_argument_for_a_topology():
 
 def bytes_of_step(name, backward, batch, **options):
     network = abstract_network(name, backward, "float32", num_classes=10, **options)
-    step, operands = training_step(network, batch, 32)
+    step, operands = training_step(network, batch, usual_image(name))
     return memory_report(step, *operands, compiler_options=FAST)
 
 
 @pytest.mark.slow
 def test_revnet110_needs_little():
-    """A whole training step: 1/14 of stored, 1/2.8 of remat, 1.34 of the operations."""
+    """A whole training step: 1/14 of stored, 1/2.8 of remat, 1.29 of the operations."""
     found = {way: bytes_of_step("revnet110", way, 100) for way in ("store", "remat", "reversible")}
     temporary = {way: report.temporary_bytes for way, report in found.items()}
     assert temporary["reversible"] < temporary["store"] / 14
     assert temporary["reversible"] < temporary["remat"] / 2.8
-    assert found["reversible"].operations < 1.34 * found["store"].operations
+    assert found["reversible"].operations < 1.29 * found["store"].operations
+    none = bytes_of_step("revnet110", "reversible", 100, store_last=0)
+    assert none.operations < 1.34 * found["store"].operations
+
+
+@pytest.mark.parametrize(
+    "name, batch, unroll",
+    [
+        ("revnet38", 64, 1),
+        pytest.param("revnet38", 64, True, marks=pytest.mark.slow),
+        pytest.param("revnet110", 100, 1, marks=pytest.mark.slow),
+        pytest.param("revnet164", 32, 1, marks=pytest.mark.slow),
+        pytest.param("revnet56", 8, 1, marks=pytest.mark.slow),
+        pytest.param("revnet104", 16, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_units_that_store_cost_no_memory(name, batch, unroll):
+    """Before the peak, in stage 1, their activations are gone."""
+    stored, none = (
+        bytes_of_step(name, "reversible", batch, store_last=n, unroll=unroll) for n in (None, 0)
+    )
+    assert stored.temporary_bytes < 1.02 * none.temporary_bytes
+    assert stored.operations < 0.985 * none.operations
 
 
 def test_a_deeper_network_needs_parameters_alone(monkeypatch):
@@ -288,8 +310,8 @@ def test_largest_batch_and_plot(capsys, monkeypatch, tmp_path):
     assert out.startswith("revnet38 with 3 times its units, batch 100, 32x32, float32, compiled")
     assert "stage" not in out
     due = (2**20 - 100) // 20
-    rows = [row.split() for row in out.splitlines() if row.startswith("largest")]
-    assert [row[-3:] for row in rows] == [[f"{due:,}"] * 3]
+    (row,) = [row.split() for row in out.splitlines() if row.startswith("largest")]
+    assert all(0.99 * due <= int(cell.replace(",", "")) <= due for cell in row[-3:])
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
@@ -303,6 +325,11 @@ def test_largest_batch_and_plot(capsys, monkeypatch, tmp_path):
         (["--model", "revnet38", "--fits", "0GB"], "'0GB' is no size: give one such as"),
         (["--model", "revnet38", "--plot", "p.xyz"], "p.xyz is no .png"),
         (["--model", "revnet38", "--batch", "0"], "'0' is no positive integer"),
+        (["--model", "revnet38", "--store_last", "-1"], "'-1' is no integer from 0"),
+        (
+            ["--model", "resnet32", "--store_last", "1"],
+            "store_last=1: no way of store, remat stores; leave",
+        ),
         (["--model", "revnet38", "--plot", "nowhere/p.png"], "there is no folder nowhere"),
     ],
 )
@@ -315,6 +342,8 @@ def test_command_refuses(flags, message, capsys):
 def test_command_ends_with_a_sentence():
     end = command.main(["--model", "revnet38", "--topology", "moon"])
     assert str(end).startswith("revjax.memory: topology='moon': give")
+    end = command.main(["--model", "revnet38", "--store_last", "8"])
+    assert str(end).startswith("revjax.memory: store_last=8: give a number from 0 to 7")
 
 
 def test_networks_are_never_made():

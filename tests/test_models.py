@@ -45,6 +45,7 @@ BATCH = 4
 # that keeps the shape and one that does not, scanned units and none, and strides of 1 and 2.
 NETWORKS = {
     "revnet": ((3, 1), (8, 8, 12), False, False, 6),
+    "revnet of long stages": ((2, 3), (4, 4, 6), False, False, 6),
     "revnet bottleneck": ((3,), (8, 4), True, False, 6),
     "revnet large": ((1,), (8, 8), False, True, 10),
     "resnet": ((3, 1), (4, 4, 7), False, False, 6),
@@ -168,12 +169,14 @@ class Oracle:
 # Networks, their arrays, and one step of each ---------------------------------------------------
 
 
-def make(kind, dtype="float32", backward=None, grid_bits: Any = "default", unroll=1) -> Any:
+def make(
+    kind, dtype="float32", backward=None, grid_bits: Any = "default", unroll=1, store_last=None
+) -> Any:
     """The network without its arrays."""
     units, filters, bottleneck, large_images, _ = NETWORKS[kind]
     options: dict[str, Any] = dict(backward=backward, unroll=unroll, dtype=jnp.dtype(dtype).type)
     if kind.startswith("revnet"):
-        options["grid_bits"] = grid_bits
+        options |= dict(grid_bits=grid_bits, store_last=store_last)
     if large_images:  # has no name: a network of one unit instead of the table's
         options.update(backward="reversible", grid_bits=14, large_images=True)
         return nnx.eval_shape(lambda: RevNet(units, filters, CLASSES, rngs=nnx.Rngs(0), **options))
@@ -208,9 +211,9 @@ def step_of(network):
 
 
 @functools.cache
-def train(kind, dtype, backward) -> Step:
+def train(kind, dtype, backward, store_last=None) -> Step:
     with setting(dtype):
-        network = make(kind, dtype, backward)
+        network = make(kind, dtype, backward, store_last=store_last)
         step = jax.jit(step_of(network), compiler_options=COMPILE_FAST)
         return jax.device_get(step(draw_arrays(network), *batch(kind, dtype)))
 
@@ -298,6 +301,55 @@ def test_unrolled_units_are_the_same(kind):
         assert "while" not in step.lower(*arguments).as_text()
         got = jax.device_get(step(*arguments))
     assert relative_error(got, train_oracle(kind)) <= 1e-12
+
+
+@pytest.mark.parametrize("store_last", [1, 3, pytest.param(4, marks=pytest.mark.slow)])
+def test_units_that_store_are_the_same(store_last):
+    """A part of the last stage's chain, and a part of the first's, in which its first unit is."""
+    kind = "revnet of long stages"
+    got = train(kind, "float64", "reversible", store_last)
+    assert relative_error(got, train_oracle(kind)) <= 1e-12
+
+
+def test_units_that_store_are_exact_in_bfloat16():
+    """As sums of cotangents are in the order of stored backpropagation."""
+    got = train("revnet", "bfloat16", "reversible", store_last=2)
+    assert relative_error(got, train("revnet", "bfloat16", "store")) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "name, stored",
+    [
+        ("revnet38", [0, 0, 2]),
+        ("revnet110", [0, 0, 4]),
+        ("revnet164", [0, 0, 2]),
+        (("revnet", dict(units=(9, 9, 36), filters=(32, 32, 64, 128))), [0, 0, 4]),
+        ("revnet56", [0, 0, 2, 1]),
+        ("revnet104", [0, 0, 2, 1]),
+    ],
+)
+def test_units_store_where_a_later_peak_has_room_for_it(name, stored):
+    """As docs/performance.md says; test_memory.py has the peaks. Depth plays no part."""
+    name, own = (name, {}) if isinstance(name, str) else name
+
+    def stages(**options):
+        options |= own
+        network = nnx.eval_shape(lambda: create_model(name, 10, rngs=nnx.Rngs(0), **options))
+        return [stage.store_last for stage in network.stages]
+
+    assert stages() == stored
+    assert stages(backward="remat") == stages(store_last=0) == [0] * len(stored)
+
+
+def test_a_network_may_be_switched_to_another_way():
+    """Whether it stores is the reversible way's matter."""
+    model = create_model("revnet", 3, rngs=nnx.Rngs(0), units=(2, 3), filters=(4, 4, 8))
+    assert [stage.store_last for stage in model.stages] == [0, 1]
+    images = jnp.ones((2, 8, 8, 3))
+    model.eval()
+    logits = model(images)
+    model.set_attributes(backward="store")
+    chex.assert_trees_all_equal(model(images), logits)
 
 
 @pytest.mark.parametrize("backward", ["reversible", "remat"])
@@ -594,6 +646,15 @@ OWN = dict(units=(2,), filters=(8, 8))
         ("resnet32", dict(dtype="float64"), ValueError, "float64 needs .*jax_enable_x64"),
         ("revnet38", dict(grid_bits=24), ValueError, "grid_bits=24: give an integer from 0 to 23"),
         ("revnet38", dict(grid_bits=-1), ValueError, "grid_bits=-1: give an integer from 0 to 23"),
+        ("resnet32", dict(store_last=1), ValueError, "store_last=1: resnet32 is a ResNet, which"),
+        ("revnet38", dict(store_last=8), ValueError, "store_last=8: give a number from 0 to 7"),
+        (
+            "revnet38",
+            dict(store_last=1, backward="store"),
+            ValueError,
+            'store_last=1 and backward="store": leave store_last out',
+        ),
+        ("revvit_small", dict(store_last=13), ValueError, "store_last=13: give .* from 0 to 12"),
         ("revnet38", dict(grid_bits=14.0), TypeError, "grid_bits=14.0: give an integer, None or"),
     ],
 )

@@ -230,17 +230,22 @@ def stored_backprop(name):
 
 
 @pytest.mark.parametrize(
-    "backward,scanned",
+    "backward,scanned,options_of_way",
     [
-        ("reversible", True),
-        ("reversible", False),
-        ("remat", True),
-        ("remat", False),
-        ("store", True),
+        ("reversible", True, {}),
+        ("reversible", False, {}),
+        ("reversible", True, {"store_last": 1}),
+        ("reversible", True, {"store_last": 2}),
+        ("reversible", True, {"store_last": 2, "unroll": True}),
+        ("reversible", True, {"store_last": DEPTH}),
+        ("reversible", False, {"store_last": 2}),
+        ("remat", True, {}),
+        ("remat", False, {}),
+        ("store", True, {}),
     ],
 )
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_are_those_of_stored_backprop(x64, name, scanned, backward):
+def test_gradients_are_those_of_stored_backprop(x64, name, scanned, backward, options_of_way):
     f, g, params, x, args, options = case(name)
     floats, join = split_floats((params, x, args, options.get("xs")))
 
@@ -248,7 +253,7 @@ def test_gradients_are_those_of_stored_backprop(x64, name, scanned, backward):
         params, x, args, xs = join(floats)
         if not scanned:
             params, xs = unstack(params, DEPTH), xs and unstack(xs, DEPTH)
-        kwargs = options | {"xs": xs, "backward": backward}
+        kwargs = options | {"xs": xs, "backward": backward} | options_of_way
         if "coupling" in kwargs:
             kwargs["coupling"] = getattr(revjax, kwargs["coupling"])
         out = rev_chain_apply(f, g, params, x, *args, **kwargs)
@@ -264,7 +269,11 @@ def test_gradients_are_those_of_stored_backprop(x64, name, scanned, backward):
         assert relative_error(gradient, expected_gradient) <= 1e-12
 
 
-def test_closures_over_traced_values_get_their_gradients(x64):
+STORING = partial(rev_chain_apply, store_last=2)
+
+
+@pytest.mark.parametrize("apply_ours", [rev_chain_apply, STORING])
+def test_closures_over_traced_values_get_their_gradients(x64, apply_ours):
     x, w = (normal(0, 4, 3), normal(1, 4, 3)), (normal(2, 3, 3, 3), normal(3, 3, 3, 3))
 
     @partial(jax.jit, static_argnums=2)
@@ -281,7 +290,7 @@ def test_closures_over_traced_values_get_their_gradients(x64):
             return value(reference(f, dense, unstack(w, 3), x))
         return value(apply(f, dense, w, x))
 
-    ours = jax.grad(loss)(normal(4, 1, 3), 2, rev_chain_apply)
+    ours = jax.grad(loss)(normal(4, 1, 3), 2, apply_ours)
     assert relative_error(ours, jax.grad(loss)(normal(4, 1, 3), 2, reference)) <= 1e-12
 
     def scanned(bias, apply):  # the enclosing trace is the body of a scan
@@ -290,7 +299,7 @@ def test_closures_over_traced_values_get_their_gradients(x64):
 
         return jax.lax.scan(body, jnp.float64(1), jnp.arange(3))[0]
 
-    ours, stored = (jax.grad(scanned)(normal(4, 1, 3), a) for a in (rev_chain_apply, reference))
+    ours, stored = (jax.grad(scanned)(normal(4, 1, 3), a) for a in (apply_ours, reference))
     assert relative_error(ours, stored) <= 1e-12
 
 
@@ -337,13 +346,17 @@ def test_each_function_is_evaluated_twice_a_step():
         return inner + sum(e.primitive.name == name for e in jaxpr.eqns)
 
     x, w = (jnp.ones((2, 3)), jnp.ones((2, 3))), (jnp.ones((3, 3)), jnp.ones((3, 3)))
-    for backward, products in {"reversible": 4, "store": 3}.items():
+    ways = {"reversible": 4 * 6, "store": 3 * 6}  # 3 blocks of 2 functions
+    ways |= {("reversible", last): 4 * (6 - 2 * last) + 3 * 2 * last for last in (1, 2, 3)}
+    for way, products in ways.items():
+        backward, store_last = way if isinstance(way, tuple) else (way, 0)
+        options = dict(backward=backward, store_last=store_last)
 
-        def loss(w, x, backward=backward):
-            return value(rev_chain_apply(dense, dense, [w, w, w], x, backward=backward))
+        def loss(w, x, options=options):
+            return value(rev_chain_apply(dense, dense, [w, w, w], x, **options))
 
         jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(w, x)
-        assert count(jaxpr.jaxpr, "dot_general") == products * 6  # 3 blocks of 2 functions
+        assert count(jaxpr.jaxpr, "dot_general") == products
 
 
 # Exactness in float32 and bf16, at depth --------------------------------------------------------
@@ -433,14 +446,15 @@ def test_gradients_of_the_plain_float_coupling_drift():
 # Memory and compilation -------------------------------------------------------------------------
 
 
-def temporary_bytes(depth, backward, transform=jax.grad, listed=False):
+def temporary_bytes(depth, backward, transform=jax.grad, listed=False, store_last=0):
     kernel = jax.ShapeDtypeStruct((depth, 3, 3, 8, 8), jnp.float32)
     scale = jax.ShapeDtypeStruct((depth, 1, 1, 1, 8), jnp.float32)
     half = jax.ShapeDtypeStruct((8, 16, 16, 8), jnp.float32)
     f = partial(basic_block, compute=jnp.float32)
 
     def loss(params, x):
-        return value(rev_chain_apply(f, f, params, x, backward=backward))
+        options = dict(backward=backward, store_last=store_last)
+        return value(rev_chain_apply(f, f, params, x, **options))
 
     params: Any = ([(scale, kernel)] * 2, [(scale, kernel)] * 2)
     if listed:
@@ -460,6 +474,17 @@ def test_activation_memory_does_not_grow_with_depth():
     assert middle - shallow <= 12 * GRADIENT_BYTES + 0.01 * PAIR_BYTES
     assert deep - middle <= 48 * GRADIENT_BYTES + 0.01 * PAIR_BYTES
     assert temporary_bytes(64, "store") - temporary_bytes(16, "store") > 48 * PAIR_BYTES
+
+
+@pytest.mark.optimised
+def test_blocks_that_store_cost_what_they_keep_and_others_nothing():
+    """A block keeps the inputs of its four convolutions, two pairs of halves; at any depth."""
+    none, some, more = (temporary_bytes(16, "reversible", store_last=last) for last in (0, 4, 8))
+    a_block = 2 * PAIR_BYTES + 2 * GRADIENT_BYTES
+    assert 2 * PAIR_BYTES <= (more - some) / 4 <= 1.1 * a_block
+    assert some - none <= 4 * 1.1 * a_block + PAIR_BYTES
+    deep = temporary_bytes(64, "reversible", store_last=4)
+    assert deep - some <= 48 * GRADIENT_BYTES + 0.01 * PAIR_BYTES
 
 
 @pytest.mark.optimised
@@ -514,9 +539,10 @@ def loss_of(apply):
     return loss
 
 
-def test_under_jit_vmap_scan_and_checkpoint(x64):
+@pytest.mark.parametrize("apply_ours", [rev_chain_apply, STORING])
+def test_under_jit_vmap_scan_and_checkpoint(x64, apply_ours):
     params, x = small()
-    ours, stored = loss_of(rev_chain_apply), loss_of(reference)
+    ours, stored = loss_of(apply_ours), loss_of(reference)
     batch = jax.tree.map(lambda a: jnp.stack([a, a + 1, a * 2]), x)
 
     def vmapped_gradients(loss, params):
@@ -564,12 +590,13 @@ def test_nested_in_another_custom_rule(x64):
     assert relative_error(ours, stored) <= 1e-12
 
 
-@pytest.mark.parametrize("scanned", [True, False])
-def test_second_derivatives(x64, scanned):
+@pytest.mark.parametrize("scanned,store_last", [(True, 0), (False, 0), (True, 2), (False, 1)])
+def test_second_derivatives(x64, scanned, store_last):
     params, x = small()
 
     def ours(params):
-        return loss_of(rev_chain_apply)(params if scanned else unstack(params, 4), x)
+        apply = partial(rev_chain_apply, store_last=store_last)
+        return loss_of(apply)(params if scanned else unstack(params, 4), x)
 
     def stored(params):
         return loss_of(reference)(params, x)
@@ -596,8 +623,9 @@ def test_forward_mode_raises_the_error_of_jax():
         jax.jvp(lambda p: rev_chain_apply(dense, dense, p, x), (params,), (params,))
 
 
+@pytest.mark.parametrize("store_last", [0, 2])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_on_a_sharded_mesh(axis_type):
+def test_on_a_sharded_mesh(axis_type, store_last):
     params = tuple(normal(i, 4, 3, 3, dtype=jnp.float32) for i in (2, 3))
     x = tuple(normal(i, 8, 3, dtype=jnp.float32) for i in (0, 1))
     scale = jnp.ones((1, 3))
@@ -606,7 +634,7 @@ def test_on_a_sharded_mesh(axis_type):
         def f(w, x2, scale):
             return jnp.tanh(x2 @ w) * scale
 
-        return value(rev_chain_apply(f, f, params, x, scale))
+        return value(rev_chain_apply(f, f, params, x, scale, store_last=store_last))
 
     gradients = jax.jit(jax.grad(loss, (0, 1, 2)))
     expected = gradients(params, x, scale)
@@ -620,17 +648,22 @@ def test_on_a_sharded_mesh(axis_type):
     chex.assert_trees_all_equal_shapes(got, expected)
 
 
-def test_no_trace_leaks_through_closures():
+@pytest.mark.parametrize("store_last", [0, 2])
+def test_no_trace_leaks_through_closures(store_last):
     w, x = normal(2, 4, 3, 3, dtype=jnp.float32), (ONE, ONE)
 
     def loss(w):
-        return value(rev_chain_apply(lambda p, x2: dense(w[0], x2), dense, (w, w), x))
+        def f(p, x2):
+            return dense(w[0], x2)
+
+        return value(rev_chain_apply(f, dense, (w, w), x, store_last=store_last))
 
     with jax.checking_leaks():
         jax.jit(jax.grad(loss))(w)
 
 
-def test_within_shard_map():
+@pytest.mark.parametrize("store_last", [0, 2])
+def test_within_shard_map(store_last):
     params = tuple(normal(i, 4, 3, 3, dtype=jnp.float32) for i in (2, 3))
     x = tuple(normal(i, 8, 3, dtype=jnp.float32) for i in (0, 1))
     expected = jax.grad(lambda p: value(rev_chain_apply(dense, dense, p, x)))(params)
@@ -638,7 +671,8 @@ def test_within_shard_map():
 
     @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
     def loss(params, x):
-        return jax.lax.psum(value(rev_chain_apply(dense, dense, params, x)), "data")
+        y = rev_chain_apply(dense, dense, params, x, store_last=store_last)
+        return jax.lax.psum(value(y), "data")
 
     assert relative_error(jax.jit(jax.grad(loss))(params, x), expected) <= 1e-6
 
@@ -649,8 +683,8 @@ def test_within_shard_map():
 def test_unroll_changes_no_gradient(x64):
     params, x = small()
     once = jax.grad(loss_of(rev_chain_apply))(params, x)
-    for unroll in (2, True):
-        apply = partial(rev_chain_apply, unroll=unroll)
+    for unroll, store_last in ((2, 0), (True, 0), (2, 1), (2, 2), (2, 3), (True, 1), (True, 3)):
+        apply = partial(rev_chain_apply, unroll=unroll, store_last=store_last)
         assert relative_error(jax.grad(loss_of(apply))(params, x), once) <= 1e-12
 
 
@@ -668,8 +702,11 @@ def test_chain_without_blocks_rounds_its_input(backward, scanned, x64):
 
 
 @pytest.mark.parametrize("scanned", [True, False])
-@pytest.mark.parametrize("backward", ["reversible", "remat", "store"])
-def test_range_check_is_given_the_largest_of_the_whole_stream(scanned, backward):
+@pytest.mark.parametrize(
+    "backward, store_last",
+    [("reversible", 0), ("reversible", 1), ("reversible", 2), ("remat", 0), ("store", 0)],
+)
+def test_range_check_is_given_the_largest_of_the_whole_stream(scanned, backward, store_last):
     # The peak is inside the chain: block 1 adds 50 to y2, block 2 takes it away again.
     params = (jnp.zeros(3), jnp.array([1.0, 50.0, -50.0]))
     params = params if scanned else unstack(params, 3)
@@ -685,7 +722,8 @@ def test_range_check_is_given_the_largest_of_the_whole_stream(scanned, backward)
     @jax.jit
     def gradient(x):
         def loss(x):
-            checked = partial(rev_chain_apply, f, g, params, x, backward=backward)
+            options = dict(backward=backward, store_last=store_last)
+            checked = partial(rev_chain_apply, f, g, params, x, **options)
             peaks = []
             y = checked(range_check=lambda peak, bound: peaks.append((peak, bound)))
             seen.append(peaks[0][1])
@@ -765,6 +803,12 @@ STACK = jnp.ones((4, 3, 3))
          {"xs": [1, 2]}),
         (ValueError, "backward='forward': give", dense, (STACK, STACK), (ONE, ONE),
          {"backward": "forward"}),
+        (ValueError, "store_last=5: give a number from 0 to 4, as", dense, (STACK, STACK),
+         (ONE, ONE), {"store_last": 5, "backward": "reversible"}),
+        (ValueError, "store_last=True: give a number", dense, (STACK, STACK), (ONE, ONE),
+         {"store_last": True, "backward": "reversible"}),
+        (ValueError, 'store_last=1 and backward="remat": leave store_last out', dense,
+         (STACK, STACK), (ONE, ONE), {"store_last": 1, "backward": "remat"}),
     ],
 )  # fmt: skip
 def test_wrong_input_is_refused_in_a_sentence(error, message, f, params, x, options):

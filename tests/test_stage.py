@@ -61,10 +61,10 @@ def stream(seed=0):
     return revjax.round_to_grid(tuple(jnp.asarray(x, jnp.float32)), 14)
 
 
-def step_of(stage, backward, gates):
+def step_of(stage, backward, gates, store_last=0):
     """The loss, the gradient of parameters, x and the condition, and the state after one call."""
     stage = nnx.clone(stage)
-    stage.backward = backward
+    stage.backward, stage.store_last = backward, store_last
     graphdef, params, state = nnx.split(stage, nnx.Param, ...)
     condition = jnp.float32(np.random.default_rng(1).uniform(0.5, 1, (1, WIDTH)))
 
@@ -88,8 +88,9 @@ def test_gradients_and_state_are_those_of_stored_backprop(drawn, depth, gated):
     gates = (gate, ~gate) if gated else (None, None)
     value, gradient, state = step_of(stage, "store", gates)
     assert np.isfinite(value)
-    for backward in ("reversible", "remat") if gated else ("reversible",):
-        got = step_of(stage, backward, gates)
+    ways = [("reversible", 0), ("reversible", 1), *[("remat", 0)] * gated]
+    for backward, store_last in ways:
+        got = step_of(stage, backward, gates, store_last)
         assert got[0] == value
         assert relative_error(got[1], gradient) < 1e-6
         chex.assert_trees_all_equal(got[2], state)
@@ -249,6 +250,7 @@ WRONG = [
     (ValueError, r"depth=0: give a positive integer", (Plain, Plain, 0), {}),
     (ValueError, r"backward='stored': give one of", (Plain, Plain), {"backward": "stored"}),
     (ValueError, r"unroll='all': give a positive", (Plain, Plain), {"unroll": "all"}),
+    (ValueError, r"store_last=3: give a number from 0 to 2", (Plain, Plain, 2), {"store_last": 3}),
     (ValueError, r"f is a single module, and depth=2", (Plain(nnx.Rngs(0)), Plain, 2), {}),
 ]
 

@@ -138,6 +138,9 @@ def refused(monkeypatch, tmp_path, capsys):
         ([DIGITS, "--config.optim.boundaries=(20,10)"], "config.optim.boundaries is (20, 10)"),
         ([DIGITS, "--config.optim.boundaries=(0,)"], "config.optim.boundaries is (0,)"),
         ([DIGITS, "--config.model.grid_bits=40"], "config.model.grid_bits is 40"),
+        ([DIGITS, "--config.model.store_last=-2"], "config.model.store_last is -2; a number of"),
+        ([DIGITS, "--config.model.store_last=99"], "config.model: store_last=99: give a number"),
+        ([RESNET, "--config.model.store_last=1"], "config.model.store_last is a key that nothing"),
         # what the network refuses
         ([DIGITS, "--config.model.filters=(15,15,30,60)"], "config.model: "),
         ([DIGITS, "--config.model.units=(1,1)"], "config.model: "),
@@ -243,6 +246,7 @@ def test_overrides():
         "--config.data.flip",
         "--config.model.units=(4,5,6)",
         "--config.model.grid_bits=None",
+        "--config.model.store_last=2",
         "--config.optim.boundaries=()",
         "--eval_only",
     )
@@ -250,6 +254,7 @@ def test_overrides():
     assert parsed.eval_only
     assert (config.steps, config.data.flip, config.optim.boundaries) == (7, True, ())
     assert (config.model.units, config.model.grid_bits) == ((4, 5, 6), None)
+    assert config.model.store_last == 2
 
 
 def test_default_workdir_is_named_after_the_config():

@@ -64,6 +64,7 @@ def test_the_same_config_goes_on(workdir):
         {"steps": 200},
         {"steps": 10},
         {"model__unroll": True},
+        {"model__store_last": 0},
         {"mesh__fsdp": 2},
     ],
 )

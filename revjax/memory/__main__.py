@@ -42,10 +42,11 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def positive(text: str) -> int:
-    """Parse a positive integer."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer.")
+def positive(text: str, least: int = 1) -> int:
+    """Parse a positive integer, or one from another least."""
+    if not text.isdecimal() or int(text) < least:
+        due = "positive integer" if least == 1 else f"integer from {least}"
+        raise argparse.ArgumentTypeError(f"{text!r} is no {due}.")
     return int(text)
 
 
@@ -69,6 +70,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--deeper", type=positive, default=1, help="multiplies units a stage, or blocks [1]"
     )
     parser.add_argument("--unroll", action="store_true", help="no loop over units: slow to compile")
+    parser.add_argument(
+        "--store_last",
+        type=partial(positive, least=0),
+        help="how many of the last units store, of the reversible way [the network's own number]",
+    )
     parser.add_argument("--whole", action="store_true", help="the training step, and no stages")
     parser.add_argument("--fits", type=parse_bytes, help="find the largest batch in, say, 16GB")
     parser.add_argument("--plot", type=Path, help="peak against depth and batch, a .png")
@@ -79,6 +85,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if unknown := [way for way in arguments.ways if way not in possible]:
         parser.error(
             f"--backward: {arguments.model} has {', '.join(possible)}, not {unknown[0]!r}."
+        )
+    if arguments.store_last is not None and "reversible" not in arguments.ways:
+        parser.error(
+            f"--store_last={arguments.store_last}: no way of {', '.join(arguments.ways)} stores; "
+            "leave it out, or add reversible to --backward."
         )
     if arguments.plot and not arguments.plot.parent.is_dir():
         parser.error(f"--plot: there is no folder {arguments.plot.parent}.")
@@ -105,6 +116,7 @@ def network_of(arguments: argparse.Namespace, way: str, factor: int = 1) -> Netw
         num_classes=arguments.classes,
         times_deeper=factor * arguments.deeper,
         unroll=arguments.unroll or 1,
+        store_last=arguments.store_last,
         image_size=arguments.image,
     )
 
@@ -182,10 +194,12 @@ def title(arguments: argparse.Namespace) -> str:
     """What was compiled, and by what."""
     device = arguments.topology or jax.devices()[0].device_kind
     deeper = f" with {arguments.deeper} times its units" if arguments.deeper > 1 else ""
-    unrolled = ", unrolled" if arguments.unroll else ""
+    options = ", unrolled" if arguments.unroll else ""
+    if arguments.store_last is not None:
+        options += f", store_last={arguments.store_last}"
     side = arguments.image
     return (
-        f"{arguments.model}{deeper}{unrolled}, batch {arguments.batch}, {side}x{side}, "
+        f"{arguments.model}{deeper}{options}, batch {arguments.batch}, {side}x{side}, "
         f"{arguments.dtype}, compiled for {device} by JAX {jax.__version__}"
     )
 

@@ -42,6 +42,7 @@ def abstract_network(
     grid_bits: int | None = DEFAULT_GRID_BITS,
     times_deeper: int = 1,
     unroll: int | bool = 1,
+    store_last: int | None = None,
     image_size: int | None = None,
 ) -> Network:
     """A network of `list_models()` without its numbers.
@@ -50,7 +51,8 @@ def abstract_network(
         name, backward, dtype, num_classes: as `create_model` takes them.
         grid_bits: of a reversible network.
         times_deeper: what to multiply the units of every stage, or the blocks, by.
-        unroll: as `create_model` takes it.
+        unroll, store_last: as `create_model` takes them; the latter is read where backward is
+            "reversible".
         image_size: of a Transformer, as `create_model` takes it.
     """
     options = architecture_of(name)
@@ -63,6 +65,7 @@ def abstract_network(
     family = family_of(name)
     if family != "resnet":
         options["grid_bits"] = grid_bits
+        options["store_last"] = store_last if backward == "reversible" else None
     options |= dict(backward=backward, unroll=unroll, dtype=jnp.dtype(dtype))
     network: Any = FAMILIES[family].network
     return nnx.eval_shape(lambda: network(num_classes=num_classes, rngs=nnx.Rngs(0), **options))

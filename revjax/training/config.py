@@ -83,6 +83,9 @@ class ModelConfig:
     stochastic_depth: StochasticDepth | None = None  # None: constant depth
     bn_scope: str = "global"  # statistics of the whole batch, or "device": of each device's part
     unroll: bool = False  # no loop over the units of a stage: longer to compile, faster on a GPU
+    store_last: int = (
+        -1
+    )  # reversible networks only: how many of the last units store; -1: see RevNet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +185,8 @@ def check_config(values: Any) -> Config:
     require(model.name in names, "model.name", f"one of {', '.join(names)}")
     family = family_of(model.name)
     if family == "resnet":
-        _refuse(values.model, "model", ("grid_bits",), "a ResNet has no reversible stream")
+        keys = "grid_bits", "store_last"
+        _refuse(values.model, "model", keys, "a ResNet has no reversible stream")
     elif "grid_bits" not in values.model:
         network = FAMILIES[family].network.__name__
         raise ConfigError(f"config.model.grid_bits is missing; a {network} needs it (14, or None).")
@@ -196,6 +200,10 @@ def check_config(values: Any) -> Config:
     require(model.dtype in DTYPES, "model.dtype", f"one of {', '.join(DTYPES)}")
     bits = model.grid_bits
     require(bits is None or 0 <= bits <= 23, "model.grid_bits", "None or a number from 0 to 23")
+
+    require(
+        model.store_last >= -1, "model.store_last", "a number of units or -1, for the network's,"
+    )
 
     # What the network is made of; what remains is for the network itself to refuse.
     ways = ("reversible", "remat", "store")[not model.name.startswith("rev") :]

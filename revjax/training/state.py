@@ -61,6 +61,7 @@ def build_model(config: Config) -> nnx.Module:
     options: dict[str, Any] = {}
     if family_of(model.name) != "resnet":
         options["grid_bits"] = model.grid_bits
+        options["store_last"] = None if model.store_last == -1 else model.store_last
     if family_of(model.name) == "revvit":
         options["image_size"] = info.image_shape[0]
     return create_model(

@@ -12,7 +12,7 @@ from revjax.training.errors import ConfigError, TrainingError
 # checksums are the data layer's concern), and when a checkpoint is written and kept.
 FREE_KEYS = ("data.dir", "data.source", "checkpoint_every", "keep_checkpoints")
 # The layout and the loops are free as well: they change numbers by how they are rounded alone.
-FREE_KEYS += ("mesh.data", "mesh.fsdp", "model.unroll")
+FREE_KEYS += ("mesh.data", "mesh.fsdp", "model.unroll", "model.store_last")
 
 
 def write_json(path: Path, value: Any) -> None:

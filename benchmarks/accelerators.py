@@ -112,6 +112,7 @@ def report_of(case: Case, topology: str) -> MemoryReport:
         num_classes=10,
         times_deeper=case.times_deeper,
         unroll=case.unroll or 1,
+        topology=topology,
     )
     compilable = image_gradient if case.of_images else training_step
     step, arguments = compilable(network, case.batch, usual_image(case.model))

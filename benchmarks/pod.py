@@ -59,6 +59,8 @@ def config_of(model: str, way: str, batch: int, fsdp: int) -> Config:
     values: Any = recipe(model)
     values.model.dtype = "bfloat16"
     values.model.backward = way
+    if way == "reversible":
+        values.model.store_last = 0  # as on TPUs it is by default
     values.batch_size = batch
     values.mesh = {"data": -1, "fsdp": fsdp}
     return check_config(values)

@@ -139,7 +139,7 @@ class RevNet(nnx.Module):
         store_last: of so many reversible units, the last, "reversible" keeps what convolutions and
             sums give, and computes nothing but normalisation and ReLU again (`rev_chain_apply`).
             None is as many as leave the peak of memory in the first stage, where batches are large
-            enough for activations to be most of it.
+            enough for activations to be most of it; on a TPU, whose steps leave less room, 0.
         dtype: what convolutions compute in; the stream, statistics and parameters are float32, or
             float64 where dtype is.
         rngs: with a stream "params".
@@ -201,8 +201,8 @@ class RevNet(nnx.Module):
             for depth, edge, stride in zip(units, edges, strides, strict=True)
         ]
         if store_last is None:
-            store_last = units_to_store(chains, widths[1:], bottleneck)
-            store_last = store_last if backward == "reversible" else 0
+            none = backward != "reversible" or jax.default_backend() == "tpu"
+            store_last = 0 if none else units_to_store(chains, widths[1:], bottleneck)
         store_last = check_store_last(store_last, sum(chains), backward)
         stages = []
         for i, (inputs, outputs) in enumerate(edges):

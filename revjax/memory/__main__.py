@@ -117,6 +117,7 @@ def network_of(arguments: argparse.Namespace, way: str, factor: int = 1) -> Netw
         times_deeper=factor * arguments.deeper,
         unroll=arguments.unroll or 1,
         store_last=arguments.store_last,
+        topology=arguments.topology,
         image_size=arguments.image,
     )
 

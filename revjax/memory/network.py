@@ -43,6 +43,7 @@ def abstract_network(
     times_deeper: int = 1,
     unroll: int | bool = 1,
     store_last: int | None = None,
+    topology: str | None = None,
     image_size: int | None = None,
 ) -> Network:
     """A network of `list_models()` without its numbers.
@@ -53,6 +54,7 @@ def abstract_network(
         times_deeper: what to multiply the units of every stage, or the blocks, by.
         unroll, store_last: as `create_model` takes them; the latter is read where backward is
             "reversible".
+        topology: what it is for, as `memory_report` takes it: a network for TPUs is as made there.
         image_size: of a Transformer, as `create_model` takes it.
     """
     options = architecture_of(name)
@@ -65,6 +67,8 @@ def abstract_network(
     family = family_of(name)
     if family != "resnet":
         options["grid_bits"] = grid_bits
+        for_tpu = topology is not None and (topology == "tpu" or ":" in topology)
+        store_last = 0 if store_last is None and for_tpu else store_last
         options["store_last"] = store_last if backward == "reversible" else None
     options |= dict(backward=backward, unroll=unroll, dtype=jnp.dtype(dtype))
     network: Any = FAMILIES[family].network

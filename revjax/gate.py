@@ -39,13 +39,13 @@ def run_if(gate: jax.Array | None, run: Callable, skip: Callable, *operands: PyT
     return jax.lax.cond(gate, keep_dear(run), closed, *operands)
 
 
-def keep_dear(run: Callable, prevent_cse: bool = False) -> Callable:
+def keep_dear(run: Callable) -> Callable:
     """Run, of which stored backpropagation keeps what products, convolutions and sums give.
 
-    The rest, normalisation and activations, is evaluated again. prevent_cse is that of
-    `jax.checkpoint`: to be True where neither a loop nor a conditional keeps that apart.
+    The rest, normalisation and activations, is evaluated again, for which a loop, a conditional or
+    `recompute.store` keeps it apart.
     """
-    return jax.checkpoint(run, policy=_is_dear, prevent_cse=prevent_cse)
+    return jax.checkpoint(run, policy=_is_dear, prevent_cse=False)
 
 
 def _is_dear(primitive, *_, **__):

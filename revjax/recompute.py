@@ -94,16 +94,45 @@ def recompute(fun: Callable, x: PyTree, *operands: PyTree) -> tuple[PyTree, PyTr
     values, and that forward mode is not supported.
     """
 
-    def forward(floating, others):
-        x, *operands = merge(floating, others)
+    def run(x, *operands):
         return fun(apart(x), *operands)
 
-    def backward(saved, cotangents):
-        x, *operands = saved
-        dy = partition(cotangents[0])[0]
-        _, pullback = vjp(lambda x, *rest: fun(after(x, dy), *rest)[0], x, *operands)
-        return pullback(dy), None
+    def forward(*inputs):
+        return run(*inputs), inputs
 
-    rule = jax.custom_vjp(forward)
-    rule.defvjp(lambda *parts: (forward(*parts), merge(*parts)), backward)
-    return rule(*partition((x, *operands)))
+    def backward(inputs, dy):
+        x, *operands = inputs
+        _, pullback = vjp(lambda x, *rest: fun(after(x, dy), *rest)[0], x, *operands)
+        return pullback(dy)
+
+    return _with_rule(run, forward, backward, x, *operands)
+
+
+def store(fun: Callable, x: PyTree, *operands: PyTree) -> tuple[PyTree, PyTree]:
+    """`fun(x, *operands)`, a pair `(y, aux)`, whose gradient keeps what `jax.vjp` of fun keeps.
+
+    For a fun under `jax.checkpoint` with a policy, and prevent_cse=False: what is not kept is
+    evaluated again once the cotangent is there. Otherwise as for `recompute`.
+    """
+
+    def forward(*inputs):
+        y, pullback, aux = vjp(fun, *inputs, has_aux=True)
+        return (y, aux), pullback
+
+    def backward(pullback, dy):
+        return after(pullback, dy)(dy)
+
+    return _with_rule(fun, forward, backward, x, *operands)
+
+
+def _with_rule(run, forward, backward, *inputs):
+    """`run(*inputs)`, a pair `(y, aux)`, with a rule for the floating leaves of inputs and of y.
+
+    forward is `*inputs -> (y, aux), saved`, and backward `saved, dy -> cotangents`.
+    """
+    rule = jax.custom_vjp(lambda *parts: run(*merge(*parts)))
+    rule.defvjp(
+        lambda *parts: forward(*merge(*parts)),
+        lambda saved, cotangents: (backward(saved, partition(cotangents[0])[0]), None),
+    )
+    return rule(*partition(inputs))

@@ -35,7 +35,7 @@ from revjax.contract import (
 from revjax.coupling import Coupling, additive
 from revjax.gate import keep_dear, run_if
 from revjax.grid import GridBits, stream_bound, stream_peak
-from revjax.recompute import after, apart, checkpoint_step, recompute, stays_loop
+from revjax.recompute import after, apart, checkpoint_step, recompute, stays_loop, store
 from revjax.segments import (
     close,
     concatenate,
@@ -48,6 +48,10 @@ from revjax.trees import PyTree, add, is_inexact, merge, partition, vjp
 
 Pair = tuple[PyTree, PyTree]
 Backward = Literal["reversible", "remat", "store"]
+
+# So many blocks that store need no loop: one would stack what they keep, and have a GPU's compiler
+# keep kernels in a second layout for it.
+LONGEST_INLINE = 8
 
 
 class BlockOptions(TypedDict, total=False):
@@ -394,11 +398,13 @@ def _forward_chain(segments, operands, x, unroll, track, remat=False):
     for segment, own in zip(segments, operands, strict=True):
         alone = remat and segment.depth is None
         segment, (params, xs, shared) = close(segment, own, like) if alone else (segment, own)
-
         apply: Any = partial(_forward, segment.block)
+        inline = unroll
         if segment.stores:
-            loop = segment.depth is not None and stays_loop(segment.depth, unroll)
-            apply = partial(apply, keep=partial(keep_dear, prevent_cse=not loop))
+            apply = partial(apply, keep=keep_dear)
+            inline = unroll if (segment.depth or 1) > LONGEST_INLINE else True
+            if segment.depth is None or not stays_loop(segment.depth, inline):
+                apply = partial(store, apply)
         elif alone:
             apply = partial(recompute, apply)
 
@@ -408,7 +414,7 @@ def _forward_chain(segments, operands, x, unroll, track, remat=False):
 
         if remat and segment.depth is not None:
             step = checkpoint_step(step, segment.depth, unroll)
-        x, (aux, peak) = _run(step, x, segment, params, xs, unroll)
+        x, (aux, peak) = _run(step, x, segment, params, xs, inline)
         auxes.append(aux)
         peaks.append(peak)
     return x, auxes, peaks
@@ -456,25 +462,22 @@ def _reversible(segments, operands, x, unroll, track, store_last):
     def chain_fwd(floating, others):
         x, operands = merge(floating, others)
         y, auxes, peaks = _forward_chain(head, operands[: len(head)], x, unroll, track)
-        floating, others = partition((y, last_operands(tail, operands)))
 
-        def last(floating):
-            y, own = merge(floating, others)
-            z, auxes, peaks = _forward_chain(tail, own, y, unroll, track)
-            floating, rest = partition(z)
-            return floating, (rest, auxes, peaks)
+        def last(y, own):
+            z, *aux = _forward_chain(tail, own, y, unroll, track)
+            return z, aux
 
-        z, pullback, (rest, *of_last) = jax.vjp(last, floating, has_aux=True)
+        z, pullback, of_last = vjp(last, y, last_operands(tail, operands), has_aux=True)
         auxes, peaks = (
             [*a[:-1], concatenate(a[-1], b[0]), *b[1:]] if in_both else [*a, *b]
             for a, b in zip((auxes, peaks), of_last, strict=True)
         )
-        return (merge(z, rest), auxes, peaks), (operands, y, pullback)
+        return (z, auxes, peaks), (operands, y, pullback)
 
     def chain_bwd(saved, cotangents):
         operands, y, pullback = saved
         dz = jax.tree.map(lambda a, da: da if is_inexact(a) else None, y, cotangents[0])
-        ((dy, dlast),) = pullback(dz)
+        dy, dlast = pullback(dz)
         dx, dfirst = _backward_chain(head, operands[: len(head)], y, dy, unroll, dlast)
         return (dx, [*dfirst, *dlast[in_both:]]), None
 

@@ -57,19 +57,28 @@ def vary_as(other: jax.Array, x: jax.Array) -> jax.Array:
     return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
 
 
-def vjp(fun: Callable, *operands: PyTree) -> tuple[PyTree, Callable[[PyTree], tuple]]:
+def vjp(fun: Callable, *operands: PyTree, has_aux: bool = False) -> Any:
     """`jax.vjp` in which only floating leaves have cotangents.
 
     Returns:
-        `fun(*operands)`, and a function from the cotangent of that to those of the operands.
+        `fun(*operands)`, and a function from the cotangent of that to those of the operands, which
+        is a pytree. With has_aux, of a fun that returns `(out, aux)`, aux comes third.
     """
     floating, others = partition(operands)
 
     def floating_fun(floating):
-        return partition(fun(*merge(floating, others)))
+        out = fun(*merge(floating, others))
+        out, aux = out if has_aux else (out, None)
+        out, rest = partition(out)
+        return out, (rest, aux)
 
-    out, pullback, out_others = jax.vjp(floating_fun, floating, has_aux=True)
-    return merge(out, out_others), lambda cotangent: pullback(cotangent)[0]
+    out, pullback, (rest, aux) = jax.vjp(floating_fun, floating, has_aux=True)
+    of_operands = jax.tree_util.Partial(_pull_back, pullback)
+    return (merge(out, rest), of_operands, *([aux] if has_aux else []))
+
+
+def _pull_back(pullback, cotangent):
+    return pullback(cotangent)[0]
 
 
 def hoist_closure(fun: Callable, *operands: PyTree) -> tuple[Callable, list[Any]]:

@@ -482,7 +482,7 @@ def test_blocks_that_store_cost_what_they_keep_and_others_nothing():
     none, some, more = (temporary_bytes(16, "reversible", store_last=last) for last in (0, 4, 8))
     a_block = 2 * PAIR_BYTES + 2 * GRADIENT_BYTES
     assert 2 * PAIR_BYTES <= (more - some) / 4 <= 1.1 * a_block
-    assert some - none <= 4 * 1.1 * a_block + PAIR_BYTES
+    assert some - none <= 4 * 1.1 * a_block + 2 * PAIR_BYTES  # one of them is copied
     deep = temporary_bytes(64, "reversible", store_last=4)
     assert deep - some <= 48 * GRADIENT_BYTES + 0.01 * PAIR_BYTES
 

@@ -10,8 +10,9 @@ chains     of blocks of two residual functions BN-ReLU-conv3x3-BN-ReLU-conv3x3, 
            and against stored activations
 gradients  of networks of create_model: the same errors, and those of the batch statistics, which
            tell whether two programs have the same forward pass
-steps      training steps of networks, as revjax.memory has them: time and memory; and the loop of
-           train.py around a reversible one, with its augmentation and sums
+steps      training steps of networks, as revjax.memory has them: time and memory; the loop of
+           train.py around a reversible one, with its augmentation and sums; and four networks in
+           one program, by vmap, as seeds of a table could train: its time over four, its memory
 
 "float32" multiplies in float32, "tf32" is what JAX does with float32 on such GPUs by default, and
 "bfloat16" has convolutions in bfloat16. Networks are in tf32 and in bfloat16.
@@ -68,6 +69,8 @@ DTYPES = ("tf32", "bfloat16")
 STEPS, TURNS = 40, 5
 WAYS = [*itertools.product(("store", "remat", "reversible"), (False, True))]
 LOOP = "train.py, reversible, unrolled"
+SEEDS = 4
+TOGETHER = f"reversible, unrolled, {SEEDS} seeds by vmap"
 Row = dict[str, Any]
 Found = tuple[str, str, Any, list[str]]  # of a study a table: its title, its rows; what has failed
 
@@ -160,20 +163,36 @@ def gradients(model: str, batch: int, dtype: str) -> None:
 
 
 def steps(
-    model: str, batch: int, dtype: str, backward: str, unroll: bool, xla_defaults: bool = False
+    model: str,
+    batch: int,
+    dtype: str,
+    backward: str,
+    unroll: bool,
+    xla_defaults: bool = False,
+    seeds: int = 1,
 ) -> None:
-    """Print what the compiler says; then, for each number read, the seconds of as many steps."""
+    """Print what the compiler says; then, for each number read, the seconds of as many steps.
+
+    With seeds, so many networks train in one program, on a batch each; seconds and operations are
+    those of all over their number, bytes those of all. Their numbers are equal, which no compiler
+    can tell.
+    """
     function, (state, *batch_of) = first_step(model, batch, dtype, backward, unroll)
+    if seeds > 1:
+        function = jax.jit(jax.vmap(function), donate_argnums=0)
+        state, *batch_of = jax.tree.map(
+            lambda leaf: jnp.asarray(np.stack([leaf] * seeds)), (state, *batch_of)
+        )
     options = {} if xla_defaults else compiler_options(jax.default_backend())
     compiled, report = compile_with_report(function, state, *batch_of, compiler_options=options)
     state = jax.block_until_ready(compiled(state, *batch_of))
-    tell(report._asdict())
+    tell(report._asdict() | {"operations": report.operations // seeds})
     for line in sys.stdin:
         began = time.perf_counter()
         for _ in range(int(line)):
             state = compiled(state, *batch_of)
         jax.block_until_ready(state)
-        tell(time.perf_counter() - began)
+        tell((time.perf_counter() - began) / seeds)
 
 
 def loop(model: str, batch: int, dtype: str) -> None:
@@ -285,6 +304,8 @@ def run(
         }
         if (ROOT / f"configs/cifar10_{spec['model']}.py").exists() and not xla_defaults:
             ways[LOOP] = Way("loop", **spec)
+            options = dict(backward="reversible", unroll=True, seeds=SEEDS)
+            ways[TOGETHER] = Way("steps", **spec, **options)
         yield timed(title, ways, STEPS)
 
 
@@ -293,7 +314,8 @@ def smoke() -> Iterator[Found]:
     chain = Way("chains", dtype="bfloat16", depths=[2], images=2, side=8)
     title, spec = "revnet38, batch 2, tf32", dict(model="revnet38", batch=2, dtype="tf32")
     gradient = Way("gradients", **spec)
-    ways = {"reversible": Way("steps", **spec, backward="reversible", unroll=False)}
+    options = dict(backward="reversible", unroll=False, seeds=2)
+    ways = {"reversible, 2 seeds by vmap": Way("steps", **spec, **options)}
     ways[LOOP] = Way("loop", **spec)
     yield "chains", "bfloat16", list(iter(chain.hear, None)), []
     yield "gradients", title, list(iter(gradient.hear, None)), []

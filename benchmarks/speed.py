@@ -14,6 +14,7 @@ Chains and networks are there in PyTorch and by MemCNN, too, where the extra "be
 
 "Dear" is what products, convolutions and sums give. A stored form that keeps that alone evaluates
 the rest, normalisation and ReLU, again; an unrolled one XLA:CPU makes the stored, unrolled one.
+"unroll=4" has four blocks an iteration of a scan, where it has so many.
 
 Each way is a process of its own. They take turns, step by step, so that what else the machine
 does falls on all of them; a time is the median of their rounds, with the quartiles, after a round
@@ -77,6 +78,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "jax.checkpoint a block, unrolled": dict(backward="remat", grid_bits=None, unroll=True),
     "reversible, no grid": dict(backward="reversible", grid_bits=None),
     GRID: dict(backward="reversible", grid_bits=14),
+    f"{GRID}, unroll=4": dict(backward="reversible", grid_bits=14, unroll=4),
 }
 TORCH_WAYS = {"PyTorch": "plain", "PyTorch, checkpoint a block": "checkpoint", "MemCNN": "memcnn"}
 STORING = (STORED, STORED_UNROLLED, "PyTorch")

@@ -35,15 +35,27 @@ def _barrier(x, dependency):
 
 def _branch(x, dependency):
     """Return x if something holds that is true of all numbers, which the compiler does not know."""
-    holds = jnp.bool_(True)
-    for leaf in jax.tree.leaves(dependency):
-        bits = jnp.dtype(f"uint{8 * leaf.real.dtype.itemsize}")
-        holds &= (jax.lax.bitcast_convert_type(leaf.real, bits) | bits.type(1) != 0).all()
 
     def zeros(x):
         return jax.tree.map(lambda leaf: vary_as(leaf, jnp.zeros_like(leaf)), x)
 
+    holds = _holds(*map(jax.lax.stop_gradient, jax.tree.leaves(dependency)))
     return jax.lax.cond(holds, lambda x: x, zeros, x)
+
+
+@jax.custom_batching.custom_vmap
+def _holds(*leaves):
+    holds = jnp.bool_(True)
+    for leaf in leaves:
+        bits = jnp.dtype(f"uint{8 * leaf.real.dtype.itemsize}")
+        holds &= (jax.lax.bitcast_convert_type(leaf.real, bits) | bits.type(1) != 0).all()
+    return holds
+
+
+@_holds.def_vmap
+def _holds_of_all(axis_size, in_batched, *leaves):
+    """One for all members: the conditional stays one, and gives no axis to what has none."""
+    return _holds(*leaves), False
 
 
 def apart(x: PyTree) -> PyTree:
@@ -112,7 +124,8 @@ def store(fun: Callable, x: PyTree, *operands: PyTree) -> tuple[PyTree, PyTree]:
     """`fun(x, *operands)`, a pair `(y, aux)`, whose gradient keeps what `jax.vjp` of fun keeps.
 
     For a fun under `jax.checkpoint` with a policy, and prevent_cse=False: what is not kept is
-    evaluated again once the cotangent is there. Otherwise as for `recompute`.
+    evaluated again once the cotangent is there, but for what comes of integers and keys alone, such
+    as noise. Otherwise as for `recompute`.
     """
 
     def forward(*inputs):

@@ -49,8 +49,8 @@ from revjax.trees import PyTree, add, is_inexact, merge, partition, vjp
 Pair = tuple[PyTree, PyTree]
 Backward = Literal["reversible", "remat", "store"]
 
-# So many blocks that store need no loop: one would stack what they keep, and have a GPU's compiler
-# keep kernels in a second layout for it.
+# So many blocks of a scan that store are unrolled, and no more. A loop would stack what they keep,
+# which takes more memory on a GPU; but without one programs take time to compile for each block.
 LONGEST_INLINE = 8
 
 
@@ -164,7 +164,7 @@ def rev_chain_apply(
             coupling's own: 14 for additive, None for affine, which cannot keep to a grid.
         has_aux: f and g return `(residual, aux)`; the aux of the forward pass is returned, carries
             no gradient, and is dropped in the recomputation (so BatchNorm counts a batch once).
-        unroll: as in `lax.scan`.
+        unroll: as in `lax.scan`; blocks that store, if eight or fewer, are unrolled at any rate.
         backward: "reversible" reconstructs activations from the output; "remat" keeps the input of
             each block and recomputes the rest; "store" keeps all. Values are the same.
         store_last: of so many blocks, the last, "reversible" keeps what products, convolutions and
@@ -285,12 +285,12 @@ def rev_chain_inverse(
 # One block --------------------------------------------------------------------------------------
 
 
-def _forward(block, x, params, xs, shared, keep=None):
-    """The block's output, and aux; keep wraps what a function does (`gate.keep_dear`)."""
+def _forward(block, x, params, xs, shared, stores=False):
+    """The block's output, and aux; of one that stores, gradients keep what is dear (`gate.py`)."""
     f, g, coupling = block
     (x1, x2), (xs, (gate_f, gate_g)) = x, xs
-    y1, x2, f_aux = _do(f, coupling, gate_f, x1, params[0], x2, xs, *shared[0], keep=keep)
-    y2, y1, g_aux = _do(g, coupling, gate_g, x2, params[1], y1, xs, *shared[1], keep=keep)
+    y1, x2, f_aux = _do(f, coupling, gate_f, x1, params[0], x2, xs, *shared[0], stores=stores)
+    y2, y1, g_aux = _do(g, coupling, gate_g, x2, params[1], y1, xs, *shared[1], stores=stores)
     return (y1, y2), (f_aux, g_aux)
 
 
@@ -315,10 +315,10 @@ def _backward(block, y, dy, params, xs, shared):
     return (x1, x2), (dx1, dx2), dparams, dxs, dshared
 
 
-def _do(h, coupling, gate, x, params, half, *operands, keep=None):
+def _do(h, coupling, gate, x, params, half, *operands, stores=False):
     """`combine(x, residual)`, half, and h's aux; where the gate is closed, x, half and zeros.
 
-    With keep half is handed through, as in `_undo`.
+    Where it stores, half is handed through, as in `_undo`.
     """
 
     def run(x, params, half, *operands):
@@ -328,8 +328,8 @@ def _do(h, coupling, gate, x, params, half, *operands, keep=None):
     def run_and_hand_through(x, params, half, *operands):
         return run(x, params, half, *operands), half
 
-    if keep is not None and gate is None:  # an open gate keeps what is dear by itself
-        (y, aux), half = keep(run_and_hand_through)(x, params, half, *operands)
+    if stores and gate is None:  # an open gate keeps what is dear by itself
+        (y, aux), half = keep_dear(run_and_hand_through)(x, params, half, *operands)
     else:
         operands = params, half, *operands
         y, aux = run_if(gate, run, lambda zeros, x, *_: (x, zeros[1]), x, *operands)
@@ -399,11 +399,12 @@ def _forward_chain(segments, operands, x, unroll, track, remat=False):
         alone = remat and segment.depth is None
         segment, (params, xs, shared) = close(segment, own, like) if alone else (segment, own)
         apply: Any = partial(_forward, segment.block)
-        inline = unroll
+        own_unroll = unroll
         if segment.stores:
-            apply = partial(apply, keep=keep_dear)
-            inline = unroll if (segment.depth or 1) > LONGEST_INLINE else True
-            if segment.depth is None or not stays_loop(segment.depth, inline):
+            apply = partial(apply, stores=True)
+            depth = segment.depth or 1
+            own_unroll = True if depth <= LONGEST_INLINE else unroll
+            if not stays_loop(depth, own_unroll):
                 apply = partial(store, apply)
         elif alone:
             apply = partial(recompute, apply)
@@ -414,7 +415,7 @@ def _forward_chain(segments, operands, x, unroll, track, remat=False):
 
         if remat and segment.depth is not None:
             step = checkpoint_step(step, segment.depth, unroll)
-        x, (aux, peak) = _run(step, x, segment, params, xs, inline)
+        x, (aux, peak) = _run(step, x, segment, params, xs, own_unroll)
         auxes.append(aux)
         peaks.append(peak)
     return x, auxes, peaks

@@ -135,7 +135,8 @@ class RevNet(nnx.Module):
             exact; None for the plain float coupling. See `rev_chain_apply`.
         unroll: units in one iteration of the loop over the equal units of a stage, as in
             `lax.scan`; True leaves no loop. More take longer to compile; whether they take less
-            time or memory is the compiler's matter.
+            time or memory is the compiler's matter. Of a stage's units that store, eight or fewer
+            are in no loop at any rate.
         store_last: of so many reversible units, the last, "reversible" keeps what convolutions and
             sums give, and computes nothing but normalisation and ReLU again (`rev_chain_apply`).
             None is as many as leave the peak of memory in the first stage, where batches are large

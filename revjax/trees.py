@@ -61,8 +61,9 @@ def vjp(fun: Callable, *operands: PyTree, has_aux: bool = False) -> Any:
     """`jax.vjp` in which only floating leaves have cotangents.
 
     Returns:
-        `fun(*operands)`, and a function from the cotangent of that to those of the operands, which
-        is a pytree. With has_aux, of a fun that returns `(out, aux)`, aux comes third.
+        `fun(*operands)`, and a function from the cotangent of that to those of the operands, as a
+        pytree, so that a rule may save it. With has_aux, of a fun that returns `(out, aux)`, aux
+        comes third.
     """
     floating, others = partition(operands)
 

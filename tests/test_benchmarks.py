@@ -31,7 +31,7 @@ def run(*command):
     "command, expected",
     [
         ("speed.py --smoke --results {tmp}", "| reversible, grid 2^-14 |"),
-        ("gpu.py --smoke", "| reversible |"),
+        ("gpu.py --smoke", "| reversible, 2 seeds by vmap |"),
         ("throughput.py --smoke --json {tmp}/a.json", "| bare step, a call each |"),
         ("grid_bits.py untrained --smoke", "| (3, 3, 3) |"),
         ("memory_against_depth.py --depths 2 --png {tmp}/a.png --json {tmp}/a.json", "a list"),

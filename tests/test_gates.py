@@ -327,8 +327,9 @@ def dense_aux(w, x):
     return y, y.sum(1)
 
 
-def dense_loss(params, x, gates):
-    y, aux = rev_chain_apply(dense_aux, dense_aux, params, x, gates=gates, has_aux=True)
+def dense_loss(params, x, gates, store_last=0):
+    options = dict(gates=gates, store_last=store_last)
+    y, aux = rev_chain_apply(dense_aux, dense_aux, params, x, has_aux=True, **options)
     return value(y), aux
 
 
@@ -361,15 +362,17 @@ def test_within_shard_map():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     out_specs = (P(), (P(None, "data"), P(None, "data")))
 
-    def gradient(gates, specs):
+    def gradient(gates, specs, store_last=0):
         @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("data"), specs), out_specs=out_specs)
         def loss(params, x, gates):
-            y, aux = dense_loss(params, x, gates)
+            y, aux = dense_loss(params, x, gates, store_last)
             return jax.lax.psum(y, "data"), aux
 
         return compiled(jax.grad(loss, (0, 1), has_aux=True))(params, x, gates)
 
-    assert relative_error(gradient((GATES_F, GATES_G), P()), on_one_device()) <= 1e-6
+    for store_last in (0, 2):
+        got = gradient((GATES_F, GATES_G), P(), store_last)
+        assert relative_error(got, on_one_device()) <= 1e-6
     with pytest.raises(ValueError, match="gates vary over the mesh axes data: give all devices"):
         gradient((jnp.tile(OPEN, 4), None), P("data"))
 

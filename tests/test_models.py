@@ -317,6 +317,22 @@ def test_units_that_store_are_exact_in_bfloat16():
     assert relative_error(got, train("revnet", "bfloat16", "store")) <= 1e-6
 
 
+def test_networks_of_several_seeds_train_in_one_program():
+    """By `jax.vmap` over parameters, statistics and batches, what each does alone."""
+    kind = "revnet"
+    with setting("float64"):
+        network = make(kind, "float64", "reversible", store_last=1)
+        one = draw_arrays(network), *batch(kind, "float64")
+        other = jax.tree.map(lambda leaf: np.flip(leaf, -1), one)
+        both = jax.tree.map(lambda *leaves: np.stack(leaves), one, other)
+        step = step_of(network)
+        got = jax.jit(jax.vmap(step), compiler_options=COMPILE_FAST)(*both)
+        due = jax.jit(step, compiler_options=COMPILE_FAST)(*other)
+        first, second = (jax.tree.map(lambda leaf, i=i: leaf[i], got) for i in (0, 1))
+    assert relative_error(first, train_oracle(kind)) <= 1e-12
+    assert relative_error(second, due) <= 1e-12
+
+
 @pytest.mark.parametrize(
     "name, stored",
     [

@@ -12,7 +12,8 @@ gradients  of networks of create_model: the same errors, and those of the batch 
            tell whether two programs have the same forward pass
 steps      training steps of networks, as revjax.memory has them: time and memory; the loop of
            train.py around a reversible one, with its augmentation and sums; and four networks in
-           one program, by vmap, as seeds of a table could train: its time over four, its memory
+           one program, by vmap, as seeds of a table could train: a fourth of the program's time
+           and of its operations, and all of its memory
 
 "float32" multiplies in float32, "tf32" is what JAX does with float32 on such GPUs by default, and
 "bfloat16" has convolutions in bfloat16. Networks are in tf32 and in bfloat16.

@@ -248,7 +248,7 @@ def test_units_that_store_cost_no_memory(name, batch, unroll):
     stored, none = (
         bytes_of_step(name, "reversible", batch, store_last=n, unroll=unroll) for n in (None, 0)
     )
-    assert stored.temporary_bytes < 1.02 * none.temporary_bytes
+    assert stored.temporary_bytes < 1.03 * none.temporary_bytes
     assert stored.operations < 0.985 * none.operations
 
 

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from networks import COMPILE_FAST
 
-from revjax.conv import conv
+from revjax.conv import _CHUNK_BYTES, _chunks, conv
 
 CASES = {  # images [B, H, W, C_in], kernel [height, width, C_in, C_out], stride
     "3x3": ((2, 6, 6, 3), (3, 3, 3, 4), 1),
@@ -25,6 +25,8 @@ CASES = {  # images [B, H, W, C_in], kernel [height, width, C_in, C_out], stride
     "3x3 stride 2, odd images": ((2, 7, 5, 3), (3, 3, 3, 2), 2),
     "1x1": ((3, 4, 5, 3), (1, 1, 3, 4), 1),
     "1x1 stride 2": ((2, 4, 7, 3), (1, 1, 3, 4), 2),
+    "2x4": ((2, 5, 6, 3), (2, 4, 3, 2), 1),
+    "4x1": ((4, 5, 3, 2), (4, 1, 2, 3), 1),
     "7x7 stride 2": ((2, 10, 9, 2), (7, 7, 2, 3), 2),
     "7x7, kernel beyond the images": ((1, 3, 4, 2), (7, 7, 2, 3), 1),
     "3x2 stride 3, one channel": ((2, 8, 7, 1), (3, 2, 1, 1), 3),
@@ -47,15 +49,17 @@ def loss_of(convolve, stride):
     return lambda x, kernel: jnp.sum(jnp.sin(convolve(x, kernel, stride=stride)) ** 3)
 
 
-@pytest.fixture(params=[None, 1], ids=["at once", "an image at a time"])
-def copied(request, monkeypatch):
-    """How a CPU has the kernel gradient."""
+@pytest.fixture(params=[False, True], ids=["at once", "in chunks"])
+def chunks(request, monkeypatch):
+    """How a CPU has the kernel gradient: in chunks of one image, or of two of four or six."""
     if request.param:
-        monkeypatch.setattr("revjax.conv._COPIED", request.param)
+        monkeypatch.setattr(
+            "revjax.conv._chunks", lambda images, _: images // 2 if images > 3 else images
+        )
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_value_and_derivatives_are_those_of_lax(case, copied):
+def test_value_and_derivatives_are_those_of_lax(case, chunks):
     x_shape, kernel_shape, stride = CASES[case]
     x, dx, kernel, dkernel = draw(0, x_shape, x_shape, kernel_shape, kernel_shape)
 
@@ -92,7 +96,7 @@ def test_value_and_derivatives_are_those_of_lax(case, copied):
 @pytest.mark.parametrize(
     "axes", [(0, None), (3, None), (None, 0), (None, 2), (0, 0), (1, 4)], ids=str
 )
-def test_vmap_over_images_and_kernels(axes, copied):
+def test_vmap_over_images_and_kernels(axes, chunks):
     def shape(shape, axis):
         return shape if axis is None else (*shape[:axis], 3, *shape[axis:])
 
@@ -124,14 +128,15 @@ def test_gradient_of_vmap_over_images():
 
 
 @pytest.mark.optimised
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-def test_narrow_types(dtype):
+def test_narrow_types(dtype, stride):
     """Value and gradients keep the dtype, and are the float32 ones to its rounding."""
     x, kernel = draw(3, (2, 6, 6, 3), (3, 3, 3, 4), dtype=np.float32)
 
     def both(convolve, dtype):
         def apply(x, kernel):
-            return convolve(x, kernel, stride=2)
+            return convolve(x, kernel, stride=stride)
 
         y, pullback = jax.vjp(apply, jnp.asarray(x, dtype), jnp.asarray(kernel, dtype))
         return y, pullback(jnp.ones_like(y))
@@ -143,7 +148,7 @@ def test_narrow_types(dtype):
     chex.assert_trees_all_close(ours, due, rtol=0, atol=4 * scale * float(jnp.finfo(dtype).eps))
 
 
-def test_many_images_in_bfloat16_are_summed_in_float32(copied):
+def test_many_images_in_bfloat16_are_summed_in_float32(chunks):
     x, dy = draw(7, (96, 2, 2, 3), (96, 2, 2, 4), dtype=np.float32)
     x, dy = jnp.asarray(x, jnp.bfloat16), jnp.asarray(dy, jnp.bfloat16)
 
@@ -155,21 +160,44 @@ def test_many_images_in_bfloat16_are_summed_in_float32(copied):
     chex.assert_trees_all_close(got, due, rtol=2**-8, atol=1e-5)
 
 
+def compiled_gradient(images, channels, *, shardings=(None, None)):
+    """The gradient by kernel and images, compiled, of that many of 32x32."""
+    like = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    x = like((images, 32, 32, channels), sharding=shardings[0])
+    kernel = like((3, 3, channels, channels), sharding=shardings[1])
+
+    def gradient(x, dy, kernel):
+        return jax.vjp(lambda kernel: conv(x, kernel), kernel)[1](dy)
+
+    return jax.jit(gradient).lower(x, x, kernel).compile(COMPILE_FAST)
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="how a CPU has the kernel gradient")
 def test_memory_of_the_kernel_gradient_does_not_grow_with_the_batch():
-    """Once the batch is larger than what is copied at a time: the copies are of six times x."""
+    """Copies of all images at once would be six times as large as x."""
 
     def temporary(images):
-        shape = jax.ShapeDtypeStruct((images, 32, 32, 16), jnp.float32)
-
-        def gradient(x, dy):
-            _, pullback = jax.vjp(lambda kernel: conv(x, kernel), jnp.zeros((3, 3, 16, 16)))
-            return pullback(dy)
-
-        compiled = jax.jit(gradient).lower(shape, shape).compile(COMPILE_FAST)
-        return compiled.memory_analysis().temp_size_in_bytes
+        return compiled_gradient(images, 16).memory_analysis().temp_size_in_bytes
 
     assert temporary(64) - temporary(32) < 2**12
+    assert temporary(61) < temporary(64)  # no two equal chunks: one image at a time
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="how a CPU has the kernel gradient")
+def test_chunks_of_images_on_a_mesh_gather_nothing():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    shardings = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    text = compiled_gradient(128, 16, shardings=shardings).as_text()
+    assert "while(" in text and "all-reduce" in text
+    assert "all-gather" not in text and "all-to-all" not in text and "permute" not in text
+
+
+def test_how_many_chunks():
+    def chunks(images):
+        return _chunks(images, [jax.ShapeDtypeStruct((images, 2**17), jnp.float32)])
+
+    assert _CHUNK_BYTES == 8 * 4 * 2**17
+    assert [chunks(n) for n in (0, 1, 8, 16, 97, 100)] == [1, 1, 1, 2, 97, 20]
 
 
 def scanned_loss(convolve):
@@ -182,7 +210,7 @@ def scanned_loss(convolve):
     return loss
 
 
-def test_inside_scan():
+def test_inside_scan(chunks):
     x, kernels = draw(4, (2, 5, 4, 3), (4, 3, 3, 3, 3))
 
     def unrolled(x, kernels):
@@ -212,7 +240,7 @@ def test_operands_in_a_scan_have_the_layout_of_the_fast_kernels():
     fast, layout = "b01f_01io->b01f", r"dim_labels=(\S+?)[,\s]"
     assert in_scan(conv, layout) == {fast}
     assert in_scan(lax_conv, layout) > {fast}
-    # The kernel gradient: a product of two matrices that nothing has transposed.
+    # The kernel gradient: a product of two matrices, pixels first.
     contracted = r"lhs_contracting_dims=\{(\d)\}, rhs_contracting_dims=\{(\d)\}"
     assert in_scan(conv, contracted) == {("0", "0")}
 
@@ -240,6 +268,8 @@ def test_export_for_many_platforms():
     x, kernel = draw(6, (2, 5, 5, 3), (3, 3, 3, 4), dtype=np.float32)
     exported = jax.export.export(gradient, platforms=["cpu", "cuda", "tpu"])(x, kernel)
     assert exported.platforms == ("cpu", "cuda", "tpu")
+    images = jax.export.symbolic_shape("b, 5, 5, 3")
+    jax.export.export(gradient)(jax.ShapeDtypeStruct(images, x.dtype), kernel)
     if jax.default_backend() == "cpu":
         due = jax.grad(loss_of(lax_conv, 1), (0, 1))(x, kernel)
         chex.assert_trees_all_close(exported.call(x, kernel), due, rtol=1e-4, atol=1e-4)
@@ -274,7 +304,7 @@ def test_a_stride_of_zero():
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_on_a_mesh(axis_type):
+def test_on_a_mesh(axis_type, chunks):
     """The batch sharded, the kernel replicated: by the compiler, and by shard_map."""
     x, kernel = draw(5, (4, 6, 6, 2), (3, 3, 2, 3), dtype=np.float32)
     due = jax.grad(loss_of(lax_conv, 1), (0, 1))(x, kernel)

@@ -83,14 +83,14 @@ def abstract_program(config: Config, mesh: Mesh) -> tuple[Any, TrainState, tuple
 
 def moved(collectives: list[Collective], state: TrainState, mesh: Mesh) -> dict[str, Any]:
     """What a step moves, in groups: how many arrays, and the bytes that a chip sends."""
-    fsdp, groups_of, groups_of_sizes = mesh.shape["fsdp"], {}, {}
+    fsdp, groups_of, group_of_size = mesh.shape["fsdp"], {}, {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
         part = split_over_fsdp(mesh, leaf).shard_shape(leaf.shape)
         for shape in (leaf.shape, part, (fsdp, *part)):  # the last is joined, and not in order
             for of_stage_or_block in (shape, shape[1:]):
                 group = KERNELS if is_kernel(path) else CHANNELS
                 groups_of.setdefault(long_axes(of_stage_or_block), group)
-                groups_of_sizes.setdefault(math.prod(of_stage_or_block), group)
+                group_of_size.setdefault(math.prod(of_stage_or_block), group)
     channels = {shape[-1] for shape in groups_of if shape}
     groups: dict[str, Any] = {}
     for kind, arrays, times in collectives:
@@ -103,7 +103,7 @@ def moved(collectives: list[Collective], state: TrainState, mesh: Mesh) -> dict[
             elif kind == "all-reduce" and len(shape) == 1 and shape[0] in channels:
                 group = CHANNELS
             elif kind in ("all-reduce", "reduce-scatter"):  # a CPU's are of matrices: `conv.py`
-                group = groups_of_sizes.get(math.prod(shape), OTHERS)
+                group = group_of_size.get(math.prod(shape), OTHERS)
             else:
                 group = OTHERS
             row = groups.setdefault(f"{group} ({kind}, {array.dtype})", {"arrays": 0, "bytes": 0})

@@ -125,14 +125,14 @@ def _kernel_gradient(dy, x, kernel, *, stride, padding):
         contracting = ((0,), (0,)), ((), ())
         return lax.dot_general(x, dy, contracting, preferred_element_type=total_dtype)
 
-    def canonical(dy, x):
+    def by_products(dy, x):
         images = x.shape[0]
         copies = jax.eval_shape(aligned, dy, x)
         chunks = 1 if stride == height == width == 1 else _chunks(images, copies)
         if chunks == 1:
             total = product(dy, x)
         else:
-            # Each has every so manieth image: were they neighbours, what walks the chunks would
+            # Each has every chunks-th image: were they neighbours, what walks the chunks would
             # walk the axis that a mesh shards.
             dy, x = (a.reshape(images // chunks, chunks, *a.shape[1:]) for a in (dy, x))
 
@@ -151,7 +151,7 @@ def _kernel_gradient(dy, x, kernel, *, stride, padding):
         forward = partial(_conv, x, stride=stride, padding=padding)
         return jax.linear_transpose(forward, kernel.aval)(dy)[0]
 
-    return lax.platform_dependent(dy, x, cpu=canonical, default=native)
+    return lax.platform_dependent(dy, x, cpu=by_products, default=native)
 
 
 def _pad(x, rows, columns):

@@ -31,11 +31,13 @@ def jax_chain(
     channels: int,
     dtype: str | None = None,
     dear: bool = False,
+    xla_defaults: bool = False,
     **options: Any,
 ) -> Made:
     """The gradient of a chain of `rev_chain_apply` by its parameters and its input.
 
-    With dear, each residual function keeps what `revjax.gate.keep_dear` says.
+    With dear, each residual function keeps what `revjax.gate.keep_dear` says; with xla_defaults the
+    compiler is not asked for what train.py asks of it.
     """
     import jax
     import jax.numpy as jnp
@@ -44,6 +46,7 @@ def jax_chain(
     import revjax
     from revjax.gate import keep_dear
     from revjax.memory.report import compile_with_report
+    from revjax.training.compiler import compiler_options
 
     keys = iter(jax.random.split(jax.random.key(0), 8))
     shape = (depth, 3, 3, channels, channels)
@@ -63,12 +66,20 @@ def jax_chain(
         return (y1**2).sum() + (y2**2).sum()
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
-    compiled, report = compile_with_report(gradient, params, x)
+    asked = {} if xla_defaults else compiler_options("cpu")
+    compiled, report = compile_with_report(gradient, params, x, compiler_options=asked)
     return lambda: jax.block_until_ready(compiled(params, x)), report._asdict()
 
 
-def jax_network(name: str, batch: int, side: int, dear: bool = False, **options: Any) -> Made:
-    """The training step of a network of `create_model`; dear is as for `jax_chain`."""
+def jax_network(
+    name: str,
+    batch: int,
+    side: int,
+    dear: bool = False,
+    xla_defaults: bool = False,
+    **options: Any,
+) -> Made:
+    """The training step of a network of `create_model`; what is not its own is `jax_chain`'s."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -76,6 +87,7 @@ def jax_network(name: str, batch: int, side: int, dear: bool = False, **options:
     import revjax
     from revjax.memory.network import training_step
     from revjax.memory.report import compile_with_report
+    from revjax.training.compiler import compiler_options
 
     if dear:
         let_stages_keep_dear()
@@ -85,7 +97,8 @@ def jax_network(name: str, batch: int, side: int, dear: bool = False, **options:
 
     # The program before the numbers, so that what it takes to compile is not held beside them.
     function, arguments = training_step(nnx.eval_shape(make), batch, side)
-    compiled, report = compile_with_report(function, *arguments)
+    asked = {} if xla_defaults else compiler_options("cpu")
+    compiled, report = compile_with_report(function, *arguments, compiler_options=asked)
     return_freed()
     _, params, variables = nnx.split(make(), nnx.Param, ...)
     momentum = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), arguments[0][2])

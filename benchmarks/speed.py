@@ -14,7 +14,8 @@ Chains and networks are there in PyTorch and by MemCNN, too, where the extra "be
 
 "Dear" is what products, convolutions and sums give. A stored form that keeps that alone evaluates
 the rest, normalisation and ReLU, again; an unrolled one XLA:CPU makes the stored, unrolled one.
-"unroll=4" has four blocks an iteration of a scan, where it has so many.
+"unroll=4" has four blocks an iteration of a scan, where it has so many. The compiler is asked for
+what train.py asks of it (revjax/training/compiler.py), but by the way of "XLA's defaults".
 
 Each way is a process of its own. They take turns, step by step, so that what else the machine
 does falls on all of them; a time is the median of their rounds, with the quartiles, after a round
@@ -57,6 +58,7 @@ from revjax import list_models
 from revjax.conv import conv
 from revjax.memory.network import usual_image
 from revjax.memory.report import compile_with_report
+from revjax.training.compiler import compiler_options
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
@@ -66,10 +68,11 @@ UNROLLED = 16  # blocks, at most: longer programs take minutes to compile
 ERRORS = 64  # blocks, at most, of the chains whose gradients are compared
 STUDIES = ("chain", "network", "deep", "compile")
 GRID = "reversible, grid 2^-14"
+DEFAULTS = f"{GRID}, XLA's defaults"
 
 STORED, STORED_UNROLLED = "stored, scanned", "stored, unrolled"
 STORED_DEAR = "stored, what is dear alone"
-# Of rev_chain_apply and create_model; dear is contestant.py's.
+# Of rev_chain_apply and create_model; dear and xla_defaults are contestant.py's.
 WAYS: dict[str, dict[str, Any]] = {
     STORED: dict(backward="store", grid_bits=None),
     STORED_DEAR: dict(backward="store", grid_bits=None, dear=True),
@@ -79,6 +82,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "reversible, no grid": dict(backward="reversible", grid_bits=None),
     GRID: dict(backward="reversible", grid_bits=14),
     f"{GRID}, unroll=4": dict(backward="reversible", grid_bits=14, unroll=4),
+    DEFAULTS: dict(backward="reversible", grid_bits=14, xla_defaults=True),
 }
 TORCH_WAYS = {"PyTorch": "plain", "PyTorch, checkpoint a block": "checkpoint", "MemCNN": "memcnn"}
 STORING = (STORED, STORED_UNROLLED, "PyTorch")
@@ -135,7 +139,9 @@ def operations_per_second() -> dict[str, float]:
     }
     rates = {}
     for name, (function, operands) in functions.items():
-        compiled, report = compile_with_report(function, *operands)
+        compiled, report = compile_with_report(
+            function, *operands, compiler_options=compiler_options("cpu")
+        )
         seconds = []
         for _ in range(20):
             began = time.perf_counter()
@@ -232,7 +238,7 @@ def add_errors(rows: dict[str, Any], specs: dict[str, Any]) -> None:
     """The relative error of each way's gradient against that by stored activations."""
     for label, row in rows.items():
         spec = specs[label]
-        if label in STORING or "unroll" in spec:
+        if label in STORING or label == DEFAULTS or "unroll" in spec:
             continue
         torch = label in TORCH_WAYS
         stored = {"way": "plain"} if torch else {"backward": "store", "dear": False}

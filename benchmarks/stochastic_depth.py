@@ -32,6 +32,7 @@ from record import RESULTS, ROOT, environment
 from revjax import RevNet
 from revjax.stochastic_depth import expected_depth, survival_probabilities
 from revjax.training.command_line import parse_arguments
+from revjax.training.compiler import compiler_options
 from revjax.training.config import Config, check_config
 from revjax.training.mesh import make_mesh
 from revjax.training.optimizer import make_optimizer
@@ -74,7 +75,10 @@ class Step:
         self.state = draw(partial(initial_state, config, optimizer), mesh)
         self.images = jax.random.normal(jax.random.key(0), shape)
         self.labels = jax.random.randint(jax.random.key(1), shape[:1], 0, 10)
-        step = jax.jit(make_train_step(config, abstract_model(config), optimizer, mesh))
+        step = jax.jit(
+            make_train_step(config, abstract_model(config), optimizer, mesh),
+            compiler_options=compiler_options(jax.default_backend()),
+        )
         began = time.perf_counter()
         self.compiled = step.lower(self.state, self.images, self.labels).compile()
         self.compile_seconds = time.perf_counter() - began

@@ -40,6 +40,7 @@ from record import ROOT, environment
 from revjax.data import DataError, normalize
 from revjax.training.checkpoints import Checkpoints
 from revjax.training.command_line import parse_arguments
+from revjax.training.compiler import compiler_options
 from revjax.training.config import Config, check_config
 from revjax.training.errors import ConfigError, TrainingError
 from revjax.training.feed import Feed
@@ -85,9 +86,13 @@ def take_turns(segment: int, clock: Clock, apart: bool) -> None:
             return jax.lax.fori_loop(0, num_steps, lambda _, s: self.step(s, *self.batch), state)
 
         def compile(self, state: TrainState) -> None:
-            jitted = jax.jit(self.step, donate_argnums=0), jax.jit(self.steps, donate_argnums=0)
-            self.call: Any = jitted[0].lower(state, *self.batch).compile()
-            self.loop: Any = jitted[1].lower(state, np.int32(segment)).compile()
+            options: Any = dict(
+                donate_argnums=0, compiler_options=compiler_options(jax.default_backend())
+            )
+            self.call: Any = jax.jit(self.step, **options).lower(state, *self.batch).compile()
+            self.loop: Any = (
+                jax.jit(self.steps, **options).lower(state, np.int32(segment)).compile()
+            )
 
         def __call__(
             self, state: TrainState, names: list[str], stop: StopSignals

@@ -17,8 +17,9 @@ the rest, normalisation and ReLU, again; an unrolled one XLA:CPU makes the store
 "unroll=4" has four blocks an iteration of a scan, where it has so many. The compiler is asked for
 what train.py asks of it (revjax/training/compiler.py), but by the way of "XLA's defaults".
 
-Each way is a process of its own. They take turns, step by step, so that what else the machine
-does falls on all of them; a time is the median of their rounds, with the quartiles, after a round
+Each way is a process of its own. They take turns, step by step and in an order drawn for each
+round, so that what else the machine does, and what one leaves to the next, falls on all of them; a
+time is the median of their rounds, with the quartiles, after a round
 that is not counted. Long chains have fewer rounds, and beyond 64 blocks none that is not counted.
 What stores more than 0.7 of the machine's memory, by the compiler's account of the scanned form, is
 left out. The peak of a network's process is without what compilers had freed before it steps.
@@ -40,6 +41,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -172,9 +174,10 @@ def measure(specs: dict[str, dict[str, Any]], rounds: int, warm: bool) -> dict[s
             else:
                 contestants[label] = contestant
         seconds = {label: [] for label in contestants}
+        draw_order = random.Random(0)
         for _ in range(rounds + warm):
-            for label, contestant in contestants.items():
-                seconds[label].append(contestant.ask("step"))
+            for label in draw_order.sample(list(contestants), len(contestants)):
+                seconds[label].append(contestants[label].ask("step"))
         for label, contestant in contestants.items():
             low, median, high = np.percentile(seconds[label][warm:], [25, 50, 75]).tolist()
             rows[label] |= {"seconds": median, "quartiles": [low, high]}
@@ -301,9 +304,11 @@ def table(title: str, study: dict[str, Any]) -> str:
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Time a block and process peak against depth, of the chains."""
-    shape = ", batch 32, 32x32"  # one for all
+    """Time a block and process peak against depth, of the chains that are of one shape, if any."""
+    shape = ", batch 32, 32x32"
     chains = [s for title, s in record.items() if title.startswith("chain") and shape in title]
+    if not chains:
+        return
     figure, (times, peaks) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for label, style in STYLES.items():
         done = [s for s in chains if "seconds" in s["forms"].get(label, {})]
@@ -415,8 +420,7 @@ def main() -> None:
     record = {title: record[title] for title in order}
     path.write_text(json.dumps(record, indent=2) + "\n")
     path.with_suffix(".md").write_text("\n".join(table(*item) for item in record.items()))
-    if any(study["depth"] for study in record.values()):
-        draw(record, path.with_suffix(".png"))
+    draw(record, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Time and memory of a gradient, or of a training step, by each way to it, side by side.
 
 Command:   python benchmarks/speed.py [chain] [network] [deep] [compile] [--models NAME] [--help]
-Hardware:  a CPU with 24 GB of memory, on which nothing else should run; 45 minutes on 2 cores
+Hardware:  a CPU with 24 GB of memory, on which nothing else should run; 55 minutes on 2 cores
 Figures:   benchmarks/results/speed.json, .md and .png, told in docs/performance.md
 
 chain      the gradient, by parameters and input, of a chain of blocks of two residual functions
@@ -175,13 +175,16 @@ def measure(specs: dict[str, dict[str, Any]], rounds: int, warm: bool) -> dict[s
                 contestants[label] = contestant
         seconds = {label: [] for label in contestants}
         draw_order = random.Random(0)
-        for _ in range(rounds + warm):
+        for left in reversed(range(rounds + warm)):
             for label in draw_order.sample(list(contestants), len(contestants)):
-                seconds[label].append(contestants[label].ask("step"))
-        for label, contestant in contestants.items():
-            low, median, high = np.percentile(seconds[label][warm:], [25, 50, 75]).tolist()
+                contestant = contestants[label]
+                seconds[label].append(contestant.ask("step"))
+                if not left:  # what long chains hold would together be too much
+                    rows[label]["process_peak_bytes"] = contestant.ask("end")
+                    contestant.end()
+        for label, taken in seconds.items():
+            low, median, high = np.percentile(taken[warm:], [25, 50, 75]).tolist()
             rows[label] |= {"seconds": median, "quartiles": [low, high]}
-            rows[label]["process_peak_bytes"] = contestant.ask("end")
     finally:
         for contestant in contestants.values():
             contestant.end()

@@ -33,9 +33,9 @@ def compiler_options(platform: str) -> dict[str, str]:
     takes longer to launch one than the GPU to run it. So programs become CUDA graphs, whole, whose
     kernels start one another. Numbers stay what they are.
 
-    On a CPU convolutions of more than 16 channels are YNNPACK's by default. In JAX 0.10.2, the last
-    one for Python 3.11, those take 1.8 times as long as Eigen's, and deep networks are faster with
-    Eigen's in later versions as well.
+    On a CPU float32 convolutions of more than 16 channels are YNNPACK's by default. In JAX 0.10.2,
+    the last one for Python 3.11, those are much slower than Eigen's (docs/performance.md), and in
+    later versions no faster.
 
     What the compiler does not know, as it may be of another version, is left out with a warning:
     options make a run faster, and not different.

@@ -19,10 +19,10 @@ what train.py asks of it (revjax/training/compiler.py), but by the way of "XLA's
 
 Each way is a process of its own. They take turns, step by step and in an order drawn for each
 round, so that what else the machine does, and what one leaves to the next, falls on all of them; a
-time is the median of their rounds, with the quartiles, after a round
-that is not counted. Long chains have fewer rounds, and beyond 64 blocks none that is not counted.
-What stores more than 0.7 of the machine's memory, by the compiler's account of the scanned form, is
-left out. The peak of a network's process is without what compilers had freed before it steps.
+time is the median of their rounds, with the quartiles, after a round that is not counted. Long
+chains have fewer rounds, and beyond 64 blocks none that is not counted. What stores more than 0.7
+of the machine's memory, by the compiler's account of the scanned form, is left out. The peak of a
+network's process is without what compilers had freed before it steps.
 --smoke makes all of it small, and records nothing.
 
 The floor of a time is the operations over the rate of a product of two 2048x2048 matrices in this

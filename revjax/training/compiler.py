@@ -34,8 +34,8 @@ def compiler_options(platform: str) -> dict[str, str]:
     kernels start one another. Numbers stay what they are.
 
     On a CPU float32 convolutions of more than 16 channels are YNNPACK's by default. In JAX 0.10.2,
-    the last one for Python 3.11, those are much slower than Eigen's (docs/performance.md), and in
-    later versions no faster.
+    the last one for Python 3.11, those are much slower than Eigen's (docs/performance.md); with
+    later ones networks take no longer with Eigen's.
 
     What the compiler does not know, as it may be of another version, is left out with a warning:
     options make a run faster, and not different.

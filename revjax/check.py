@@ -129,6 +129,7 @@ def check_reversible(
     coupling: Coupling = additive,
     grid_bits: GridBits = "default",
     has_aux: bool = False,
+    store_last: int = 0,
 ) -> ReversibilityReport:
     """Apply, invert and differentiate a chain, and say what is wrong with f and g, if anything is.
 
@@ -141,7 +142,7 @@ def check_reversible(
 
     Args:
         f, g, params, x, *args: as for `rev_chain_apply`; a single block is a list of one pair.
-        xs, gates, coupling, grid_bits, has_aux: as there.
+        xs, gates, coupling, grid_bits, has_aux, store_last: as there.
 
     Returns:
         A `ReversibilityReport`: print it, or assert its `ok`.
@@ -172,6 +173,7 @@ def check_reversible(
 
     def apply(params, x, args, xs, backward: Backward = "reversible"):
         ranges = []
+        storing = {"store_last": store_last} if backward == "reversible" else {}
         out = rev_chain_apply(
             f,
             g,
@@ -183,6 +185,7 @@ def check_reversible(
             backward=backward,
             range_check=lambda *found: ranges.append(found),
             **options,
+            **storing,
         )
         (peak, bound), y = ranges[0], out[0] if has_aux else out
         bounds.append(bound)

@@ -137,7 +137,21 @@ def test_a_wrong_gradient_is_found(monkeypatch):
     assert str(report).count("NOT OK") == 2
 
 
+def test_blocks_that_store_are_checked_as_such(monkeypatch):
+    seen = set()
+
+    def spy(*args, **options):
+        seen.add((options["backward"], options.get("store_last", 0)))
+        return revjax.rev_chain_apply(*args, **options)
+
+    monkeypatch.setattr(check, "rev_chain_apply", spy)
+    assert check_reversible(dense, dense, PARAMS, X, store_last=2).ok
+    assert seen == {("reversible", 2), ("store", 0)}
+
+
 def test_what_the_chain_refuses_is_refused():
+    with pytest.raises(ValueError, match="store_last=4: give a number from 0 to 3"):
+        check_reversible(dense, dense, PARAMS, X, store_last=4)
     with pytest.raises(TypeError, match="a residual has the structure"):
         check_reversible(dense, lambda w, x: x[:, :1], PARAMS, X)
     for nothing in ([], jax.tree.map(lambda w: w[:0], PARAMS)):

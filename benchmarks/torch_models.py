@@ -1,6 +1,7 @@
 """The benchmarks' chain of reversible blocks, and RevNets, in PyTorch and by MemCNN.
 
-A way is "plain", "checkpoint" (a block or unit each, and a network's stem) or "memcnn".
+A way is "plain", "checkpoint" (a block or unit each, and a network's stem) or "memcnn". The halves
+of the stream are two tensors, as in revjax, but for MemCNN, whose blocks take and give them joined.
 """
 
 # PyTorch is in the extra "bench" alone.
@@ -42,17 +43,15 @@ def residual(
 
 
 class Block(nn.Module):
-    """`y1 = x1 + F(x2)`, `y2 = x2 + G(y1)`, the halves joined: `[B, 2 channels, H, W]`."""
+    """`y1 = x1 + F(x2)`, `y2 = x2 + G(y1)`, each half `[B, channels, H, W]`."""
 
     def __init__(self, f: nn.Module, g: nn.Module):
         super().__init__()
         self.f, self.g = f, g
 
-    def forward(self, x: Any) -> Any:
-        x1, x2 = torch.chunk(x, 2, dim=1)
+    def forward(self, x1: Any, x2: Any) -> Any:
         y1 = x1 + self.f(x2)
-        y2 = x2 + self.g(y1)
-        return torch.cat([y1, y2], dim=1)
+        return y1, x2 + self.g(y1)
 
 
 class Transition(Block):
@@ -71,11 +70,9 @@ class Transition(Block):
             for _ in range(2)
         )
 
-    def forward(self, x: Any) -> Any:
-        x1, x2 = torch.chunk(x, 2, dim=1)
+    def forward(self, x1: Any, x2: Any) -> Any:
         y1 = self.shortcut1(x1) + self.f(x2)
-        y2 = self.shortcut2(x2) + self.g(y1)
-        return torch.cat([y1, y2], dim=1)
+        return y1, self.shortcut2(x2) + self.g(y1)
 
 
 def memcnn_block(f: nn.Module, g: nn.Module) -> nn.Module:
@@ -89,8 +86,26 @@ def make_block(way: str, f: nn.Module, g: nn.Module) -> nn.Module:
     return memcnn_block(f, g) if way == "memcnn" else Block(f, g)
 
 
-def call(way: str, module: nn.Module, x: Any) -> Any:
-    return checkpoint(module, x, use_reentrant=False) if way == "checkpoint" else module(x)
+def call(way: str, module: nn.Module, *x: Any) -> Any:
+    return checkpoint(module, *x, use_reentrant=False) if way == "checkpoint" else module(*x)
+
+
+def call_blocks(way: str, blocks: nn.ModuleList, x: Any) -> Any:
+    """Of blocks in turn, the output; x and it are joined, `[B, 2 channels, H, W]`."""
+
+    def halves(x):
+        return tuple(half.contiguous() for half in torch.chunk(x, 2, dim=1))
+
+    if way == "memcnn":
+        x = x.clone()  # as its storage will be freed
+        for block in blocks:
+            split = isinstance(block, Transition)
+            x = torch.cat(block(*halves(x)), dim=1) if split else block(x)
+        return x
+    pair = halves(x)
+    for block in blocks:
+        pair = call(way, block, *pair)
+    return torch.cat(pair, dim=1)
 
 
 class Chain(nn.Module):
@@ -105,10 +120,7 @@ class Chain(nn.Module):
         self.blocks = nn.ModuleList(make_block(way, f, g) for f, g in pairs)
 
     def forward(self, x: Any) -> Any:
-        x = x.clone() if self.way == "memcnn" else x
-        for block in self.blocks:
-            x = call(self.way, block, x)
-        return x
+        return call_blocks(self.way, self.blocks, x)
 
 
 class RevNet(nn.Module):
@@ -148,10 +160,7 @@ class RevNet(nn.Module):
         self.dense = nn.Linear(2 * half, num_classes)
 
     def forward(self, images: Any) -> Any:
-        x = call(self.way, self.stem, images)
-        x = x.clone() if self.way == "memcnn" else x
-        for block in self.blocks:
-            x = call(self.way, block, x)
+        x = call_blocks(self.way, self.blocks, call(self.way, self.stem, images))
         return self.dense(self.head(x))
 
 

@@ -15,14 +15,36 @@ from revjax.coupling import Coupling, additive
 from revjax.grid import GridBits
 from revjax.reversible import Backward, Pair, rev_chain_apply, rev_chain_inverse
 from revjax.segments import lay_out
-from revjax.trees import PyTree, is_inexact, partition, vjp
+from revjax.trees import PyTree, check_concrete, is_inexact, partition, vjp
 
 TOLERANCE = 1e-5
+
+ROUNDS_OTHERWISE = (
+    "gave other bits where differentiated: write x * jax.lax.rsqrt(v) for x / jnp.sqrt(v), and put "
+    "jax.checkpoint around other such layers within the function, as around jax.nn.gelu"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class ReversibilityReport:
     """What `check_reversible` found; `str()` of it is a table with a verdict a line.
+
+    Attributes:
+        depth: the number of blocks.
+        num_parameters: of all blocks.
+        stream: structure, dtypes and shapes of the two halves.
+        grid_bits: k of the grid `2**-k`; None without one.
+        repeats: whether f, and g, of the first block gave the same bits twice.
+        repeats_differentiated: whether they gave them where they were differentiated, too.
+        finite: whether values and gradients are.
+        stream_peak: the largest |stream|.
+        stream_bound: up to which the grid is exact; infinite without a grid.
+        inverse_error: the largest |inverse(y) - x|, x on the grid.
+        inverse_wrong: elements of x that the inverse did not give back.
+        gradient_error_params: |reversible - stored| / |stored|, of all parameters together.
+        gradient_error_x: the same of x.
+        rounding_alone: the errors are more than is due, and yet backward="remat" has the same
+            gradient.
 
     Example:
         >>> def dense(w, x): return jnp.tanh(x @ w)
@@ -34,17 +56,17 @@ class ReversibilityReport:
 
     depth: int
     num_parameters: int
-    stream: str  # structure, dtypes and shapes of the two halves
+    stream: str
     grid_bits: int | None
-    repeats: tuple[bool, bool]  # whether f, and g, of the first block gave the same bits twice
-    finite: bool  # values and gradients
-    stream_peak: float  # largest |stream|
-    stream_bound: float  # up to which the grid is exact; infinite without a grid
-    inverse_error: float  # largest |inverse(y) - x|, x on the grid
-    inverse_wrong: int  # elements of x that the inverse did not give back
-    gradient_error_params: float  # |reversible - stored| / |stored|, of all parameters together
-    gradient_error_x: float  # the same of x
-    # The errors are more than is due, and yet backward="remat" has the same gradient.
+    repeats: tuple[bool, bool]
+    repeats_differentiated: tuple[bool, bool]
+    finite: bool
+    stream_peak: float
+    stream_bound: float
+    inverse_error: float
+    inverse_wrong: int
+    gradient_error_params: float
+    gradient_error_x: float
     rounding_alone: bool
 
     @property
@@ -73,7 +95,8 @@ class ReversibilityReport:
             lines.append((name, found, problem if wrong else ""))
 
         exact = self.grid_bits is not None and self.finite  # so that it ought to be
-        others = [name for name, same in zip("fg", self.repeats, strict=True) if not same]
+        others = _names(self.repeats)
+        differentiated = _names(self.repeats_differentiated)
         add(
             "same bits",
             f"{' and '.join(others)} did not repeat" if others else "f and g repeat themselves",
@@ -108,7 +131,10 @@ class ReversibilityReport:
                 f"relative difference from stored backprop {error:.2g}"
                 + (", though not from jax.checkpoint" if self.rounding_alone else ""),
                 exact and not (error <= TOLERANCE or self.rounding_alone),
-                f"on a grid at most {TOLERANCE:g} is due",
+                f"on a grid at most {TOLERANCE:g} is due"
+                + (
+                    f"; {' and '.join(differentiated)} {ROUNDS_OTHERWISE}" if differentiated else ""
+                ),
             )
         return lines
 
@@ -134,11 +160,11 @@ def check_reversible(
     """Apply, invert and differentiate a chain, and say what is wrong with f and g, if anything is.
 
     Programs are compiled apart, as a training step and an evaluation are: one for values, one for
-    the inverse, one for each of the two gradients, and two for one call of f and of g. The gradient
-    is that of `<y, c>` for a normal c, by backward="reversible" and by "store". Where these differ,
-    a compiler may have rounded what is evaluated again in another way: so a gradient that is that
-    of "remat" is in order, too. What all have wrong, as by a faulty derivative rule of f's own, is
-    not seen.
+    the inverse, one for each of the two gradients, and three for one call of f and of g. The
+    gradient is that of `<y, c>` for a normal c, by backward="reversible" and by "store". Where
+    these differ, a compiler may have rounded what is evaluated again in another way: so a gradient
+    that is that of "remat" is in order, too. What all have wrong, as by a faulty derivative rule of
+    f's own, is not seen.
 
     Args:
         f, g, params, x, *args: as for `rev_chain_apply`; a single block is a list of one pair.
@@ -164,12 +190,14 @@ def check_reversible(
           gradient, params  ok: relative difference from stored backprop 0
           gradient, x       ok: relative difference from stored backprop 0
     """
+    check_concrete("check_reversible", params, x, args, xs, gates)
     options: Any = dict(coupling=coupling, grid_bits=grid_bits, has_aux=has_aux)
     chain = f, g, params, xs, gates
     bits, due, segments, operands = lay_out([chain], x, args, coupling, grid_bits, has_aux)
     if not segments or segments[0].depth == 0:
         raise ValueError("the chain has no blocks: give params of at least one to check.")
-    (block, depth, *_), (own, (own_xs, _), _) = segments[0], operands[0]
+    (_, depth, *_), (own, (own_xs, _), _) = segments[0], operands[0]
+    _, _, (off_grid, *_), _ = lay_out([chain], x, args, coupling, None, has_aux)
 
     def apply(params, x, args, xs, backward: Backward = "reversible"):
         ranges = []
@@ -206,10 +234,12 @@ def check_reversible(
     values, stored = jax.jit(partial(gradient, backward="store"))(params, x, args, xs, c)
     if depth is not None:
         own, own_xs = jax.tree.map(lambda leaf: leaf[0], (own, own_xs))
-    repeats = (
-        _repeats(block.f, own[0], due[1], own_xs, args),
-        _repeats(block.g, own[1], due[0], own_xs, args),
-    )
+    f_off_grid, g_off_grid, _ = off_grid.block
+    found = [
+        _repeats(f_off_grid, own[0], due[1], own_xs, args),
+        _repeats(g_off_grid, own[1], due[0], own_xs, args),
+    ]
+    repeats, repeats_differentiated = zip(*found, strict=True)
     errors = [relative_error(got, due) for got, due in zip(reversible, stored, strict=True)]
     rounding_alone = False
     if bits is not None and max(errors) > TOLERANCE:
@@ -222,6 +252,7 @@ def check_reversible(
         stream=describe(tuple(due)),
         grid_bits=bits,
         repeats=repeats,
+        repeats_differentiated=repeats_differentiated,
         finite=_all_finite((y, values, reversible, stored)),
         stream_peak=float(peak),
         stream_bound=float(bounds[0]),
@@ -231,6 +262,11 @@ def check_reversible(
         gradient_error_x=errors[1],
         rounding_alone=rounding_alone,
     )
+
+
+def _names(same):
+    """Which of f and g are not the same."""
+    return [name for name, one in zip("fg", same, strict=True) if not one]
 
 
 def relative_error(got: PyTree, due: PyTree) -> float:
@@ -275,9 +311,30 @@ def normal_like(tree: PyTree) -> PyTree:
 
 
 def _repeats(h, *operands):
-    """Whether h gives the same residual, bit for bit, when it is compiled and called again."""
-    outs = [jax.tree.leaves(jax.jit(lambda *ops: h(*ops)[0])(*operands)) for _ in range(2)]
-    return all(_bits(a) == _bits(b) for a, b in zip(*outs, strict=True))
+    """Whether h gives the same residual, bit for bit, when it is compiled and called again.
+
+    And whether it does where it is differentiated, by parameters and half.
+    """
+
+    def alone(*operands):
+        return h(*operands)[0]
+
+    def differentiated(params, half, *others):
+        residual, pullback = vjp(lambda *both: alone(*both, *others), params, half)
+        return residual, pullback(
+            jax.tree.map(lambda a: a + 0 if is_inexact(a) else None, residual)
+        )
+
+    first, second, (third, _) = (
+        jax.jit(lambda *ops, call=call: call(*ops))(*operands)
+        for call in (alone, alone, differentiated)
+    )
+    return _same_bits(first, second), _same_bits(first, third)
+
+
+def _same_bits(a, b):
+    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(_bits(a) == _bits(b) for a, b in leaves)
 
 
 def _bits(leaf):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from revjax.coupling import Coupling
 from revjax.grid import round_to_grid
-from revjax.trees import PyTree, check_arrays
+from revjax.trees import PyTree, check_arrays, is_inexact
 
 Gates = tuple[jax.Array | None, jax.Array | None] | None  # for f, for g; None: always open
 
@@ -103,7 +103,7 @@ def check_coupling(coupling: Any) -> Coupling:
 
 def check_backward(backward: Any, ways: Sequence[str] = ("reversible", "remat", "store")) -> Any:
     """Return `backward`, or raise a ValueError unless it is one of the ways."""
-    if backward not in tuple(ways):
+    if not (isinstance(backward, str) and backward in tuple(ways)):
         raise ValueError(f"backward={backward!r}: give one of {', '.join(ways)}.")
     return backward
 
@@ -130,8 +130,8 @@ def chain_blocks(params: PyTree, xs: PyTree, gates: PyTree) -> tuple[int | None,
                     f"{describe(value)}."
                 )
         hint = "A list holds one pair a block; stacked parameters are a tuple, (f's, g's)."
-        for i, pair in enumerate(params):
-            check_pair(f"params[{i}]", pair, hint)
+        # As plain tuples, which is what the rule gives for their cotangents.
+        params = [tuple(check_pair(f"params[{i}]", pair, hint)) for i, pair in enumerate(params)]
         none = [None] * len(params)
         all_gates = [_check_gates(pair, 0) for pair in gates or none]
         return None, params, list(zip(xs or none, all_gates, strict=True))
@@ -149,6 +149,8 @@ def chain_blocks(params: PyTree, xs: PyTree, gates: PyTree) -> tuple[int | None,
             "Every leaf of params, xs and gates must have the depth of the chain as its leading "
             f"axis, got params {describe(params)}, xs {describe(xs)} and gates {describe(gates)}."
         )
+    # NumPy's arrays have no traced index.
+    params, xs, gates = jax.tree.map(jnp.asarray, (tuple(params), xs, gates))
     return depths.pop(), [params], [(xs, gates)]
 
 
@@ -199,22 +201,49 @@ def residual_function(
     check_function(role, h)
     name = f"{role} ({getattr(h, '__name__', type(h).__name__)})"
     due = jax.eval_shape(coupling.residual_like, half)
+    for part in ("combine", "separate"):
+        _check_half(part, jax.eval_shape(getattr(coupling, part), half, due), half)
 
     def residual_and_aux(params, half, xs, args):
         out = h(params, half, *args, xs) if has_xs else h(params, half, *args)
         if has_aux and not (isinstance(out, tuple) and len(out) == 2):
             raise TypeError(f"{name} must return (residual, aux), got {describe(out)}.")
         residual, aux = out if has_aux else (out, None)
+        check_arrays(f"the aux of {name}", aux)
         if _types(residual) != _types(due):
             raise TypeError(
                 f"{name} returned {describe(residual)} where {describe(due)} was due: a residual "
                 "has the structure, shapes and dtypes that the half of the stream it joins asks "
-                "for. Cast a residual computed in another dtype; a block that changes shape "
-                "(stride, width) cannot be reversible and belongs outside the chain."
+                f"for. {_remedy(residual, due, has_aux)}"
             )
         return round_to_grid(residual, grid_bits), aux
 
     return residual_and_aux
+
+
+def _remedy(residual, due, has_aux):
+    """What to do about a residual that is not what was due."""
+    is_pair = isinstance(residual, tuple) and len(residual) == 2
+    if is_pair and not has_aux and _types(residual[0]) == _types(due):
+        return "If the second of the two is an auxiliary value, pass has_aux=True."
+    for leaf, wanted in zip(*map(jax.tree.leaves, (residual, due)), strict=False):
+        found = getattr(leaf, "dtype", jnp.bool_)
+        if jnp.issubdtype(found, jnp.inexact) and not is_inexact(wanted):
+            return (
+                f"The stream x is {wanted.dtype} there, which has no gradient: cast it to {found}."
+            )
+    return (
+        "Cast a residual computed in another dtype; a block that changes shape (stride, width) "
+        "cannot be reversible and belongs outside the chain."
+    )
+
+
+def _check_half(part, found, half):
+    if _types(found) != _types(half):
+        raise TypeError(
+            f"the coupling's {part} returned {describe(found)} for a half of the stream that is "
+            f"{describe(half)}: it must keep structure, shapes and dtypes."
+        )
 
 
 def _types(tree):

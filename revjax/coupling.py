@@ -44,14 +44,29 @@ class Coupling(NamedTuple):
     grid_bits: int | None
 
 
+# By name, not lambda, all that a coupling holds: so a network with one can be pickled.
+
+
 def _is_number(leaf) -> bool:
     return jnp.issubdtype(jax.typeof(leaf).dtype, jnp.number)
 
 
+def _plus(x, residual):
+    return x + residual if _is_number(x) else x
+
+
+def _minus(y, residual):
+    return y - residual if _is_number(y) else y
+
+
+def _alike(x):
+    return x
+
+
 additive = Coupling(
-    combine=partial(jax.tree.map, lambda x, r: x + r if _is_number(x) else x),
-    separate=partial(jax.tree.map, lambda y, r: y - r if _is_number(y) else y),
-    residual_like=lambda x: x,
+    combine=partial(jax.tree.map, _plus),
+    separate=partial(jax.tree.map, _minus),
+    residual_like=_alike,
     grid_bits=DEFAULT_GRID_BITS,
 )
 """`y = x + r` (NICE, Dinh et al. 2014, section 3.2; RevNet, Gomez et al. 2017): exact on the grid.
@@ -65,18 +80,28 @@ Example:
 """
 
 
-def _scale_and_shift(x, log_scale, shift):
-    return x * jnp.exp(log_scale) + shift if is_inexact(x) else x
+def _scale_and_shift(x, residual):
+    def of_leaf(x, log_scale, shift):
+        return x * jnp.exp(log_scale) + shift if is_inexact(x) else x
+
+    return jax.tree.map(of_leaf, x, *residual)
 
 
-def _unshift_and_unscale(y, log_scale, shift):
-    return (y - shift) / jnp.exp(log_scale) if is_inexact(y) else y
+def _unshift_and_unscale(y, residual):
+    def of_leaf(y, log_scale, shift):
+        return (y - shift) / jnp.exp(log_scale) if is_inexact(y) else y
+
+    return jax.tree.map(of_leaf, y, *residual)
+
+
+def _two_alike(x):
+    return x, x
 
 
 affine = Coupling(
-    combine=lambda x, residual: jax.tree.map(_scale_and_shift, x, *residual),
-    separate=lambda y, residual: jax.tree.map(_unshift_and_unscale, y, *residual),
-    residual_like=lambda x: (x, x),
+    combine=_scale_and_shift,
+    separate=_unshift_and_unscale,
+    residual_like=_two_alike,
     grid_bits=None,
 )
 """`y = x * exp(log_scale) + shift`, residual `(log_scale, shift)` (RealNVP, Dinh et al. 2017).

@@ -14,7 +14,7 @@ from revjax.check import largest_difference, normal_like, relative_error
 from revjax.contract import chain_blocks, check_function, check_pair
 from revjax.grid import round_to_grid
 from revjax.reversible import Pair, rev_chain_apply, rev_chain_inverse
-from revjax.trees import PyTree, check_arrays, is_inexact, vjp
+from revjax.trees import PyTree, check_arrays, check_concrete, is_inexact, vjp
 
 COLOURS = ("#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")  # Okabe and Ito
 MEASURES = {
@@ -135,8 +135,9 @@ def drift(
     """Measure the errors of the first blocks of a chain, for every dtype, grid and depth.
 
     The gradient of `<y, c>`, for a normal c, by backward="reversible" is held against that by
-    "store" of the same function; the inverse against x. So what is measured is what comes of the
-    reconstruction, not what a dtype or a grid itself costs.
+    "store" of the same function, and the inverse against x: not what a dtype or a grid itself
+    costs. A program that stores may round its forward pass otherwise, which is in the former, and
+    counts for more on a grid; of the reconstruction alone is the latter.
 
     Args:
         f, g, params, x, *args: as for `rev_chain_apply`, additive; params are stacked.
@@ -167,6 +168,7 @@ def drift(
         raise TypeError("params is a list: give stacked parameters, of which some can be taken.")
     check_function("f", f)
     check_function("g", g)
+    check_concrete("drift", params, x, args)
     x1, x2 = check_arrays("x", check_pair("x", x))
     x = jax.tree.map(jnp.asarray, (x1, x2))
     depth, *_ = chain_blocks(params, None, None)  # of all of them, before some are taken

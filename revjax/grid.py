@@ -85,7 +85,7 @@ def resolve_grid_bits(grid_bits: GridBits, default: int | None, stream: PyTree) 
     for dtype in {jax.typeof(leaf).dtype for leaf in jax.tree.leaves(stream) if is_inexact(leaf)}:
         if dtype not in (jnp.float32, jnp.float64):
             raise TypeError(
-                f"The stream x is {dtype}, which cannot hold a grid: cast x to float32 (f and g "
+                f"The stream is {dtype}, which cannot hold a grid: cast it to float32 (f and g "
                 f"may compute in {dtype} and cast their result), or pass grid_bits=None for the "
                 "plain float coupling, whose gradient error grows with depth."
             )
@@ -191,4 +191,5 @@ def check_in_range(peak: jax.Array, bound: float) -> None:
         >>> "The stream reached 2000" in error.get()
         True
     """
+    peak = jnp.asarray(peak, jnp.float32)
     checkify.check(peak <= bound, _OUT_OF_RANGE, peak=peak, bound=jnp.float32(bound))

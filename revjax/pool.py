@@ -39,7 +39,7 @@ def _max_pool_jvp(primals, tangents):
     first, *others = _windows(x, -jnp.inf)
     largest, which = first, jnp.zeros(first.shape, jnp.uint8)
     for k, values in enumerate(others, 1):
-        better = values > largest
+        better = ~(values <= largest) & (largest == largest)  # NaN is the largest, the first one
         largest, which = jnp.where(better, values, largest), jnp.where(better, jnp.uint8(k), which)
     parts = (jnp.where(which == k, values, 0) for k, values in enumerate(_windows(dx, 0)))
     return largest, sum(parts)

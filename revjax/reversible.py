@@ -111,6 +111,11 @@ def rev_block_inverse(
 
 
 def _of_chain(options: BlockOptions) -> Any:
+    if unknown := options.keys() - BlockOptions.__annotations__.keys():
+        raise TypeError(
+            f"a single block has no option {', '.join(sorted(unknown))}: give "
+            f"{', '.join(BlockOptions.__annotations__)}, or rev_chain_apply a list of one block."
+        )
     gates = options.get("gates")
     return options if gates is None else options | {"gates": [gates]}
 
@@ -157,7 +162,9 @@ def rev_chain_apply(
             stays as it is, its gradients and its aux are zero. Of an open one "store" keeps what
             products, convolutions and sums give, and evaluates the rest again. Under `shard_map`
             all devices must have the same gates; under `vmap` over gates closed functions run, too.
-        coupling: how a residual joins the stream: `revjax.additive` or `revjax.affine`.
+        coupling: how a residual joins the stream. `revjax.additive`: y = x + residual.
+            `revjax.affine`: f and g return `(log_scale, shift)`, each like the half, and
+            y = x * exp(log_scale) + shift. Or a `Coupling` of your own.
         grid_bits: k rounds x and every residual to multiples of `2**-k`, so that gradient and
             inverse are exact while the stream stays within `stream_bound(k)`; x must be float32 or
             float64. None does not round, and the error grows with depth. The default is the
@@ -170,7 +177,8 @@ def rev_chain_apply(
         store_last: of so many blocks, the last, "reversible" keeps what products, convolutions and
             sums give, and does not compute that again. These blocks are differentiated first: what
             they keep is gone before the others need memory, so that the last blocks of a network
-            whose first are larger store at no cost.
+            whose first are larger store at no cost. f and g must not print sums or products, which
+            `jax.checkpoint` with a policy cannot differentiate, nor be complex.
         range_check: called with the largest |stream| of the forward pass (float32 scalar, traced)
             and its bound: `warn_out_of_range`, `check_in_range`, or your own. None costs nothing.
 

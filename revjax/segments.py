@@ -45,6 +45,7 @@ def lay_out(chains, x, args, coupling, grid_bits, has_aux):
     """Check the inputs, put x on the grid, and lay the chains out as segments and operands."""
     check_flag("has_aux", has_aux)
     check_arrays("x", check_pair("x", x))
+    check_arrays("args", args)
     bits = resolve_grid_bits(grid_bits, check_coupling(coupling).grid_bits, x)
     x1, x2 = x = round_to_grid(jax.tree.map(jnp.asarray, tuple(x)), bits)
     segments, operands = [], []

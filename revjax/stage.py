@@ -1,12 +1,13 @@
 """Reversible stages of Flax NNX modules: what RevNets are made of, for networks of one's own."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import errors, nnx
 
 from revjax.architecture import integer
 from revjax.contract import (
@@ -16,6 +17,7 @@ from revjax.contract import (
     check_pair,
     check_store_last,
     check_unroll,
+    describe,
 )
 from revjax.coupling import Coupling, additive
 from revjax.grid import GridBits
@@ -31,6 +33,7 @@ class StreamPeak(nnx.Variable):
     """The largest |stream| in a stage's last forward pass in training mode: float32 scalar.
 
     Of stages that run as one, each has the largest of all. `stream_bound` says what it may be.
+    Where a transform closes over the stage, of which nothing may move then, it stays what it was.
 
     Example:
         >>> options = dict(units=(2,), filters=(8, 8), rngs=nnx.Rngs(0))
@@ -97,10 +100,11 @@ class ReversibleStage(nnx.Module):
         self.deterministic = False  # set by train() and eval()
         self.f = _members("f", f, self.depth, rngs)
         self.g = _members("g", g, self.depth, rngs)
-        if self.f is self.g and jax.tree.leaves(nnx.state(self.f, nnx.Not(nnx.Param))):
+        of_f, of_g = (_moving(module) for module in (self.f, self.g))
+        if shared := of_f.keys() & of_g.keys():
             raise ValueError(
-                "f and g are one module, whose statistics or random streams would move for one of "
-                "them alone: give a module to each."
+                f"f and g share {', '.join(sorted(of_f[each] for each in shared))}, which would "
+                "move for one of them alone: give each its own, random streams by rngs.fork()."
             )
         bits = coupling.grid_bits if grid_bits == "default" else grid_bits
         self.peak = None if bits is None else StreamPeak(jnp.zeros((), jnp.float32))
@@ -140,13 +144,13 @@ class ReversibleStage(nnx.Module):
             ValueError: F or G draws from a random stream of its own, which has moved on since the
                 call: give them a key instead.
         """
-        f, g, params, xs, gates = self.pure(key, gates, _refuse_draws)
+        f, g, params, xs, gates = self._pure(key, gates, _refuse_draws)
         options: Any = dict(coupling=self.coupling, grid_bits=self.grid_bits, unroll=self.unroll)
         return rev_chain_inverse(
             f, g, params, y, *args, xs=xs, gates=gates, has_aux=True, **options
         )
 
-    def pure(
+    def _pure(
         self, key: jax.Array | None, gates: StageGates, watch: Callable | None = None
     ) -> tuple[Callable, Callable, Any, Any, Any]:
         """f, g, params, xs and gates, as `rev_chain_apply` takes them; aux is the modules' state.
@@ -155,10 +159,11 @@ class ReversibleStage(nnx.Module):
         """
         gates = check_arrays("gates", check_pair("gates", gates))
         for gate in gates:
-            if gate is not None and not _is_drawn(gate) and not is_inexact(gate):
+            is_leaf = jax.tree.structure(gate) == jax.tree.structure(0)
+            if gate is not None and not (is_leaf and (_is_drawn(gate) or is_inexact(gate))):
                 raise TypeError(
-                    f"a gate of {jnp.result_type(gate)}: give bool for functions that run or do "
-                    "not, or floating factors of the residuals."
+                    f"a gate of {describe(gate)}: give an array, bool for functions that run or do "
+                    "not, or floating for factors of the residuals."
                 )
         number = (2,) if self.depth is None else (self.depth, 2)
         keys = None if key is None else jax.random.split(check_key(key), number)
@@ -207,11 +212,12 @@ def call_stages(
     def record(peak, bound):
         for stage in stages:
             if stage.peak is not None:
-                stage.peak[...] = peak
+                with suppress(errors.TraceContextError):  # see StreamPeak
+                    stage.peak[...] = peak
 
     track = first.peak is not None and not first.deterministic
     y, auxes = apply_chains(
-        [stage.pure(key, own) for stage, key, own in zip(stages, keys, gates, strict=True)],
+        [stage._pure(key, own) for stage, key, own in zip(stages, keys, gates, strict=True)],
         x,
         args,
         coupling=first.coupling,
@@ -226,8 +232,7 @@ def call_stages(
         aux = aux[0] if stage.depth is None else aux
         for module, gate, new in zip((stage.f, stage.g), own, aux, strict=True):
             if _is_drawn(gate):  # the aux of a closed function is zero
-                old = nnx.state(module, nnx.Not(nnx.Param))
-                new = jax.tree.map(partial(_where_open, gate), new, old)
+                new = _keep_where_closed(gate, new, nnx.state(module, nnx.Not(nnx.Param)))
             nnx.update(module, new)
     return y
 
@@ -264,6 +269,28 @@ def _refuse_draws(before, after):
 
 def _is_drawn(gate):
     return gate is not None and jnp.result_type(gate) == jnp.bool_
+
+
+def _moving(module):
+    """What a module holds beside parameters, by identity: its path."""
+    return {
+        id(node): ".".join(map(str, path))
+        for path, node in nnx.iter_graph(module)
+        if isinstance(node, nnx.Variable) and not isinstance(node, nnx.Param)
+    }
+
+
+def _keep_where_closed(gate, new, old):
+    """New, and old where the gate is closed; what was not there before the call is as it came."""
+    before = dict(nnx.to_flat_state(old))
+    return nnx.from_flat_state(
+        [
+            (path, jax.tree.map(partial(_where_open, gate), leaf, before[path]))
+            if jax.tree.structure(leaf) == jax.tree.structure(before.get(path))
+            else (path, leaf)
+            for path, leaf in nnx.to_flat_state(new)
+        ]
+    )
 
 
 def _where_open(gate, new, old):

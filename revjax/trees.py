@@ -22,6 +22,8 @@ def is_inexact(leaf) -> bool:
 def check_arrays(name: str, tree: PyTree) -> PyTree:
     """Return `tree`, or raise a TypeError unless every leaf is an array or a number."""
     for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(f"{name} has a leaf without values, {leaf}: call by jax.eval_shape.")
         try:
             jax.typeof(leaf)
         except TypeError as error:
@@ -30,6 +32,14 @@ def check_arrays(name: str, tree: PyTree) -> PyTree:
                 "functools.partial."
             ) from error
     return tree
+
+
+def check_concrete(name: str, *trees: PyTree) -> None:
+    """Raise a TypeError where a leaf is traced, which `name` could not look at."""
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees)):
+        raise TypeError(
+            f"{name} looks at values, and was called under a transform: call it outside."
+        )
 
 
 def partition(tree: PyTree) -> tuple[PyTree, PyTree]:

@@ -131,7 +131,7 @@ def test_grid_bits_that_cannot_be_are_refused():
     assert resolve_grid_bits("default", 14, f32) == 14
     assert resolve_grid_bits("default", None, bf16) is None
     assert resolve_grid_bits(None, 14, bf16) is None
-    with pytest.raises(TypeError, match="bfloat16, which cannot hold a grid: cast x to float32"):
+    with pytest.raises(TypeError, match="bfloat16, which cannot hold a grid: cast it to float32"):
         resolve_grid_bits("default", 14, bf16)
     with pytest.raises(TypeError, match=r"grid_bits=14\.0: give an integer"):
         resolve_grid_bits(14.0, 14, f32)  # pyright: ignore[reportArgumentType]

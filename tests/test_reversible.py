@@ -805,7 +805,7 @@ STACK = jnp.ones((4, 3, 3))
         (TypeError, "was due", lambda w, x: {"y": dense(w, x)}, (STACK, STACK), (ONE, ONE), {}),
         (TypeError, "must return .residual, aux.", dense, (STACK, STACK), (ONE, ONE),
          {"has_aux": True}),
-        (TypeError, "x is bfloat16, which cannot hold a grid", dense, (STACK, STACK),
+        (TypeError, "stream is bfloat16, which cannot hold a grid", dense, (STACK, STACK),
          (ONE.astype(jnp.bfloat16),) * 2, {}),
         (TypeError, "was due", dense, (STACK, STACK), (ONE, ONE), {"coupling": revjax.affine}),
         (ValueError, "cannot keep the stream on a grid", dense, (STACK, STACK), (ONE, ONE),

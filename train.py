@@ -19,14 +19,13 @@ A run is a function of its config: it may be stopped or killed at any time, and 
 the same command it ends in the same parameters: bit for bit on the same machine's CPUs; on a GPU,
 where each start compiles anew and may choose other algorithms, but for rounding. Of several
 processes the first alone reads and writes the workdir, which gets config.json, metrics.jsonl,
-tensorboard/, checkpoints/, and at the end summary.json and curves.png.
+terms.json, tensorboard/, checkpoints/, and at the end summary.json and curves.png.
 
 Exit codes: 0 done, or stopped by SIGTERM or SIGINT with everything saved; 1 the run failed; 2 it
 was asked for something impossible. The last two come with a sentence on stderr.
 """
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -42,11 +41,11 @@ from revjax.data import DataError
 from revjax.grid import stream_bound
 from revjax.training.checkpoints import Checkpoints, Restored
 from revjax.training.command_line import parse_arguments
-from revjax.training.config import Config, check_config
+from revjax.training.config import Config, check_config, optional_keys
 from revjax.training.curves import draw_curves
 from revjax.training.errors import ConfigError, TrainingError
 from revjax.training.evaluation import Evaluator
-from revjax.training.feed import open_feed
+from revjax.training.feed import CLASSES, open_feed, terms_of
 from revjax.training.interrupt import Stopped, StopSignals, exit_now
 from revjax.training.mesh import get, make_mesh, put
 from revjax.training.metrics import MetricsLog
@@ -62,9 +61,16 @@ from revjax.training.processes import (
 from revjax.training.progress import Progress
 from revjax.training.state import Abstract, abstract_model, draw, initial_state, state_shardings
 from revjax.training.step import Report, make_train_steps
-from revjax.training.summary import best_validation, device_name, summary_table, versions
+from revjax.training.summary import SHOWN, best_validation, device_name, summary_table, versions
 from revjax.training.votes import Votes, cast
-from revjax.training.workdir import FREE_KEYS, check_same_config, lock_workdir, write_json
+from revjax.training.workdir import (
+    FREE_KEYS,
+    check_same_config,
+    check_same_terms,
+    lock_workdir,
+    read_json,
+    write_json,
+)
 
 
 def main(argv: Sequence[str], stop: StopSignals) -> None:
@@ -93,10 +99,10 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
         summary_path, complete = workdir / "summary.json", False
         if is_first():
             resources.enter_context(lock_workdir(workdir))
-            check_same_config(workdir, arguments.config.to_dict())
+            check_same_config(workdir, arguments.config.to_dict(), defaults=optional_keys())
             write_json(workdir / "config.json", arguments.config.to_dict())
             if summary_path.exists():
-                summary = json.loads(summary_path.read_text())
+                summary = read_json(summary_path, *SHOWN)
                 if complete := summary["steps"] == config.steps:
                     print(f"The run in {workdir} is complete.\n{summary_table(summary)}")
         if from_first(complete):
@@ -106,6 +112,8 @@ def main(argv: Sequence[str], stop: StopSignals) -> None:
 
         with stop.raising():  # half-prepared data are removed on the way out
             feed = resources.enter_context(contextlib.closing(open_feed(config, mesh, complain)))
+        if is_first():
+            check_same_terms(workdir, terms_of(config, mesh))
 
         # -- 4. Where the run stands --------------------------------------------------------------
 
@@ -314,7 +322,11 @@ def evaluate_only(
     with contextlib.ExitStack() as resources:
         checkpoints = None
         if is_first():
-            check_same_config(workdir, values, free=(*FREE_KEYS, "precise_bn_batches"))
+            free = (*FREE_KEYS, "precise_bn_batches")
+            check_same_config(workdir, values, free, optional_keys())
+            terms = terms_of(config, mesh)
+            kept = {CLASSES: terms[CLASSES]} if CLASSES in terms else {}
+            check_same_terms(workdir, kept, writes=False)
             if (workdir / "checkpoints").is_dir():
                 checkpoints = resources.enter_context(
                     Checkpoints(workdir / "checkpoints", read_only=True)
@@ -363,7 +375,9 @@ def run(argv: Sequence[str]) -> int:
         try:
             main(argv, stop)
         except (ConfigError, TrainingError, DataError) as error:
-            sentences = (str(error), *getattr(error, "__notes__", ()))
+            notes = getattr(error, "__notes__", ())
+            ours = (note for note in notes if not note.startswith("-----"))  # not JAX's, on frames
+            sentences = (str(error), *ours)
             return fail(2 if isinstance(error, ConfigError) else 1, *sentences)
         except OSError as error:
             return fail(

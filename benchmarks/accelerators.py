@@ -31,6 +31,7 @@ from revjax.memory.network import (
     Compilable,
     Network,
     abstract_network,
+    batch_unit,
     largest_batch,
     training_step,
     usual_image,
@@ -142,7 +143,7 @@ def largest(
     """
     peaks: dict[int, float | None] = {}  # None: refused
     guess = guess_batch(case, available, figures)
-    unit = 128 if guess >= 1024 else 8
+    unit = batch_unit(guess)
 
     def peak_bytes(units: int) -> float:
         batch = unit * units

@@ -17,6 +17,7 @@ The report takes the newest line of each row and seed, and only those of the con
 import argparse
 import hashlib
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -40,6 +41,9 @@ sys.path.insert(0, str(ROOT))  # for what the files of configs/ share
 RECORDS = RESULTS / "reproduction.jsonl"
 CARRIED = 16  # MB, at most, of a folder that is to be carried between machines
 TO_END = 60  # seconds that a run may take to save and end
+
+# Of tables whose published figures are no means: what they are.
+CENTRES = {"identity_mappings": ("median", statistics.median)}
 
 Record = dict[str, Any]
 
@@ -98,14 +102,15 @@ def run_slice(
     parts.append({"seconds": round(time.monotonic() - began, 1), "device": place["device"]})
     if workdir.is_dir():
         write_json(slices, parts)
-    rows = read_rows(workdir)
+    rows = [] if code == 2 else read_rows(workdir)  # what is refused may have those of another run
     tests = [100 - 100 * metric["accuracy"] for metric in rows if metric["split"] == "test"]
-    rates = [metric.get("images_per_second") for metric in rows]
+    rates = [metric.get("images_per_second") for metric in rows if metric["split"] == "train"]
     rates = [rate for rate in rates if rate]
+    finished = code == 0 and complete(workdir, due)
     saved = [int(folder.name) for folder in (workdir / "checkpoints").glob("[0-9]*")]
     record = {
         "config_hash": config_hash(row),
-        "complete": complete(workdir, due),
+        "complete": finished,
         "steps": max(saved, default=0),
         "steps_due": due,
         "test_error_last": round(tests[-1], 4) if tests else None,  # %
@@ -116,7 +121,7 @@ def run_slice(
         "folder_megabytes": megabytes(workdir),
         **place,
     }
-    if complete(workdir, due):
+    if finished:
         best = json.loads((workdir / "summary.json").read_text()).get("best_validation")
         if best:  # what Huang et al. 2016 report
             record["test_error_at_best_validation"] = round(100 * best["test_error"], 4)
@@ -203,22 +208,26 @@ def read_records(path: Path = RECORDS) -> list[Record]:
 
 
 def report(table: str, records: list[Record]) -> str:
-    """A table as Markdown: published, ours (mean, spread, n) and the difference, in percent."""
-    lines = ["| row | published | ours, mean | spread | n | difference | |", "|---" * 7 + "|"]
+    """A table as Markdown: published, ours (mean, spread, n) and the difference, in percent.
+
+    Where a median is published, so is ours one.
+    """
+    kind, centre = CENTRES.get(table, ("mean", statistics.fmean))
+    lines = [f"| row | published | ours, {kind} | spread | n | difference | |", "|---" * 7 + "|"]
     for name, row in TABLES[table]().items():
         now = config_hash(row)
         newest = {r["seed"]: r for r in records if (r["table"], r["row"]) == (table, name)}
         runs = [r for r in newest.values() if r["config_hash"] == now]
         last = "test_error_last"
         errors = [r.get("test_error_at_best_validation", r[last]) for r in runs if r["complete"]]
-        mean = statistics.fmean(errors) if errors else None
+        ours = centre(errors) if errors else None
         difference = ""
-        if mean is not None and isinstance(row.published, float):
-            difference = f"{mean - row.published:+.2f}"
+        if ours is not None and isinstance(row.published, float):
+            difference = f"{ours - row.published:+.2f}"
         cells = [
             name,
             f"{row.published:.2f}" if isinstance(row.published, float) else row.published or "",
-            "not run" if not runs else "" if mean is None else f"{mean:.2f}",
+            "not run" if not runs else "" if ours is None else f"{ours:.2f}",
             f"{statistics.stdev(errors):.2f}" if len(errors) > 1 else "",
             str(len(errors)) if errors else "",
             difference,
@@ -253,6 +262,10 @@ def parse() -> Any:
     parser.add_argument("--records", type=Path, default=RECORDS, help="the file to append to")
     parser.add_argument("--report", action="store_true", help="print the tables; run nothing")
     arguments = parser.parse_args()
+    for name in ("source", "data_dir", "workdir", "records"):
+        if getattr(arguments, name) is not None:
+            setattr(arguments, name, Path(getattr(arguments, name)).absolute())
+    os.chdir(ROOT)  # where train.py and configs/ are
     if not arguments.report and arguments.table is None:
         parser.error(f"--table is missing: give one of {', '.join(TABLES)}, or --report.")
     try:

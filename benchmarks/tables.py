@@ -1,9 +1,9 @@
 """The papers' tables of test errors, each row a config of configs/ with what was published for it.
 
 Sources: `revnet_cifar` is the re-run of the RevNet authors' code that MemCNN's README reports (100
-less its accuracies); the others are the papers' own. `cifar_epoch` and `digits` have nothing
-published: the first has too few steps for that, the second holds the
-ways to the gradient of one small network against each other.
+less its accuracies); the others are the papers' own, those of He et al. medians of five runs.
+`cifar_epoch` and `digits` have nothing published: the first has too few steps for that, the second
+holds the ways to the gradient of one small network against each other.
 """
 
 import importlib.util
@@ -68,6 +68,7 @@ def identity_mappings() -> dict[str, Row]:
         "resnet1001_original": 7.61,
         "resnet1001_full_preactivation": 4.92,
         "resnet1001_batch64": 4.62,
+        "cifar100_resnet164_full_preactivation": 24.33,
         "cifar100_resnet1001_original": 27.82,
         "cifar100_resnet1001_full_preactivation": 22.71,
     }

@@ -138,15 +138,16 @@ def recipe(
     optim.nesterov = True
     optim.weight_decay = 1e-4
     optim.decay = "all"
-    optim.warmup_steps = 400
-    optim.warmup_rate = 0.01
 
     config.seed = 0
     config.steps = 64_000
     config.batch_size = batch_size
-    if released:  # 200 epochs, a tenth of the rate from epochs 81 and 122 on
+    if released:  # 200 epochs, a tenth of the rate from epochs 81 and 122 on, and no warm-up
         config.steps = 200 * epoch
         optim.boundaries = (80 * epoch, 121 * epoch)
+    else:
+        optim.warmup_steps = 400
+        optim.warmup_rate = 0.01
 
     config.log_every = 100
     config.eval_every = 1_000

@@ -30,3 +30,5 @@ from revjax.stochastic_depth import StochasticDepth as StochasticDepth
 from revjax.stochastic_depth import draw_gates as draw_gates
 from revjax.stochastic_depth import expected_depth as expected_depth
 from revjax.stochastic_depth import survival_probabilities as survival_probabilities
+
+__version__ = "0.1.0"  # which pyproject.toml reads

@@ -201,7 +201,7 @@ def check_reversible(
 
     def apply(params, x, args, xs, backward: Backward = "reversible"):
         ranges = []
-        storing = {"store_last": store_last} if backward == "reversible" else {}
+        storing: Any = {"store_last": store_last} if backward == "reversible" else {}
         out = rev_chain_apply(
             f,
             g,

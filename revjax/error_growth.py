@@ -24,17 +24,28 @@ MEASURES = {
 
 
 class DriftRow(NamedTuple):
-    """The errors of a chain."""
+    """The errors of a chain.
 
-    dtype: str  # what f and g computed in
+    Attributes:
+        dtype: what f and g computed in.
+        grid_bits: k of the grid `2**-k`; None without one.
+        depth: the number of blocks.
+        gradient_error: |reversible - stored| / |stored|, of parameters and x together.
+        inverse_error: the largest |inverse(y) - x|, x on the grid.
+    """
+
+    dtype: str
     grid_bits: int | None
-    depth: int  # blocks
-    gradient_error: float  # |reversible - stored| / |stored|, of parameters and x together
-    inverse_error: float  # largest |inverse(y) - x|, x on the grid
+    depth: int
+    gradient_error: float
+    inverse_error: float
 
 
 class Drift(NamedTuple):
     """What `drift` found; `str()` of it is a table.
+
+    Attributes:
+        rows: for every dtype, grid and depth.
 
     Example:
         >>> found = Drift((DriftRow("float32", None, 100, gradient_error=1e-6, inverse_error=0),))

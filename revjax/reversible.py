@@ -177,8 +177,8 @@ def rev_chain_apply(
         store_last: of so many blocks, the last, "reversible" keeps what products, convolutions and
             sums give, and does not compute that again. These blocks are differentiated first: what
             they keep is gone before the others need memory, so that the last blocks of a network
-            whose first are larger store at no cost. f and g must not print sums or products, which
-            `jax.checkpoint` with a policy cannot differentiate, nor be complex.
+            whose first are larger store at no cost. f and g must not print sums then, nor be
+            complex, as `jax.checkpoint` with a policy differentiates neither.
         range_check: called with the largest |stream| of the forward pass (float32 scalar, traced)
             and its bound: `warn_out_of_range`, `check_in_range`, or your own. None costs nothing.
 

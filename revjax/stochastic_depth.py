@@ -26,9 +26,10 @@ from revjax.trees import PyTree
 
 @dataclasses.dataclass(frozen=True)
 class StochasticDepth:
-    """How deep a network is in training (Huang et al. 2016), for `ResNet` and `RevNet`.
+    """How deep a network is in training (Huang et al. 2016), for `ResNet`, `RevNet` and `RevViT`.
 
-    These raise a ValueError for a probability, a mode or a granularity that there is not.
+    These raise a ValueError when they are given a probability, mode or granularity that there is
+    not.
 
     Attributes:
         p_last: the survival probability of the last residual function, p_L.

@@ -149,6 +149,34 @@ def test_blocks_that_store_are_checked_as_such(monkeypatch):
     assert seen == {("reversible", 2), ("store", 0)}
 
 
+def test_what_rounds_otherwise_where_it_is_differentiated_is_told():
+    """A quotient by a square root, which compilers make a product where nothing else needs it."""
+    rng = np.random.default_rng(0)
+    w: Any = tuple(jnp.asarray(0.3 * rng.standard_normal((64, 16, 16)), jnp.float32) for _ in "fg")
+    x: Any = tuple(jnp.asarray(rng.standard_normal((2, 20, 16)), jnp.float32))
+
+    def normalised(invert, w, x):
+        variance = x.var(-1, keepdims=True) + 1e-6
+        return jax.nn.silu(invert(x - x.mean(-1, keepdims=True), variance) @ w)
+
+    by_root = partial(normalised, lambda x, v: x / jnp.sqrt(v))
+    report = check_reversible(by_root, by_root, w, x)
+    assert report.repeats == (True, True)
+    assert report.repeats_differentiated == (False, False)
+    assert not report.ok
+    assert "f and g gave other bits where differentiated: write x * jax.lax.rsqrt(v)" in str(report)
+    by_rsqrt = partial(normalised, lambda x, v: x * jax.lax.rsqrt(v))
+    report = check_reversible(by_rsqrt, by_rsqrt, w, x)
+    assert report.ok
+    assert report.repeats_differentiated == (True, True)
+
+
+def test_values_are_looked_at_and_not_traced():
+    for function in (check_reversible, drift):
+        with pytest.raises(TypeError, match=f"{function.__name__} looks at values, .*outside"):
+            jax.jit(lambda x, function=function: function(dense, dense, PARAMS, x))(X)
+
+
 def test_what_the_chain_refuses_is_refused():
     with pytest.raises(ValueError, match="store_last=4: give a number from 0 to 3"):
         check_reversible(dense, dense, PARAMS, X, store_last=4)

@@ -1,10 +1,13 @@
 """Couplings invert, and the grid makes the additive one exact: bit for bit, over pytrees."""
 
+import pickle
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 
 import revjax
 from revjax.grid import resolve_grid_bits
@@ -124,6 +127,22 @@ def test_stream_peak_sees_nan_and_ignores_integers():
     assert np.isnan(revjax.stream_peak((jnp.array([1.0, jnp.nan]), jnp.ones(3))))
     assert float(revjax.stream_peak(jnp.int32(3))) == 0.0
     assert float(revjax.stream_peak(jnp.zeros((0,)))) == 0.0
+
+
+def test_stream_peak_has_no_gradient():
+    chex.assert_trees_all_equal(jax.grad(revjax.stream_peak)(jnp.array([1.0, -3.0])), jnp.zeros(2))
+
+
+def test_the_bound_itself_is_in_range():
+    found, _ = checkify.checkify(revjax.check_in_range)(1024.0, 1024.0)
+    found.throw()
+    with pytest.raises(checkify.JaxRuntimeError, match="The stream reached 2000"):
+        revjax.check_in_range(2000.0, 1024.0)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("coupling", [revjax.additive, revjax.affine])
+def test_a_coupling_can_be_pickled(coupling):
+    assert pickle.loads(pickle.dumps(coupling)).grid_bits == coupling.grid_bits
 
 
 def test_grid_bits_that_cannot_be_are_refused():

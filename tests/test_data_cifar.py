@@ -494,6 +494,17 @@ def test_a_disk_that_is_full_before_the_download_is_whole(archive, data_dir, mon
             load(archive, data_dir)
 
 
+def test_a_disk_that_is_full_amid_the_records(archive, data_dir, monkeypatch):
+    """As array_record's writer says it, which is in C++."""
+
+    def fail(*_, **__):
+        raise RuntimeError("write() failed: No space left on device")
+
+    monkeypatch.setattr(revjax_cifar.Cifar10, "download_and_prepare", fail)
+    with pytest.raises(DataError, match=r"could not be prepared in .*No space left.*: free some"):
+        load(archive, data_dir, archive.tar)
+
+
 def test_a_download_without_a_length_is_read_to_its_end(archive, data_dir, monkeypatch):
     class Response(io.BytesIO):
         headers = email.message.Message()

@@ -67,6 +67,20 @@ def test_each_image_is_distorted_on_its_own_and_within_bounds():
     assert len({image.tobytes() for image in found}) == len(images)
 
 
+def test_what_is_drawn_is_uniform_and_independent():
+    """By what it does to images of which it changes nothing else."""
+    key, images = jax.random.key(3), np.zeros((2_000, 1, 2, 3), np.uint8)
+    images[:, 0] = [[150, 110, 110], [110, 110, 110]]  # which nothing clips
+    found = np.asarray(jax.jit(distort_color)(key, images))[:, 0, 0]
+    # Chroma was 40; contrast c leaves 20 + 20 c of it, early or late, and saturation s times that.
+    chroma = found.max(-1) - found.min(-1)
+    assert 15 <= chroma.min() < 17 and 72 < chroma.max() <= 75.01
+    assert abs(chroma.mean() - 40) < 1  # where s and c were one it would be 41.7
+    hues = [colorsys.rgb_to_hsv(*pixel)[0] for pixel in found / 255]
+    hues = (np.array(hues) + 0.5) % 1 - 0.5
+    np.testing.assert_allclose(np.quantile(hues, [0.05, 0.5, 0.95]), [-0.18, 0, 0.18], atol=0.02)
+
+
 def test_contrast_comes_early_or_late(monkeypatch):
     """Black and white, made bright: clipped or not, contrast first or last, it is one of two."""
     images = np.zeros((64, 2, 2, 3), np.uint8)

@@ -1,9 +1,11 @@
 """memory_report on functions whose needs are known, and the bounds that the networks hold."""
 
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from networks import COMPILE_FAST
@@ -293,6 +295,52 @@ def test_command_of_a_transformer(capsys, monkeypatch):
     assert str(end).startswith("revjax.memory: image_size=40 and patch=16: give a patch that")
 
 
+def test_classes_of_the_command(capsys, monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, "resnet32", Architecture((1,), (4, 64)))
+    arguments = ["--model", "resnet32", "--batch", "2", "--image", "8", "--backward", "store,store"]
+    found = []
+    for classes in (10, 1_010):
+        assert command.main([*arguments, "--whole", "--classes", str(classes)]) == 0
+        (row,) = [row for row in capsys.readouterr().out.splitlines() if "arguments" in row]
+        found += [float(cell) for cell in row.split()[3:]]
+    assert len(found) == 2  # a way that is named twice is one
+    # A kernel and a bias, and their momenta, for each class.
+    np.testing.assert_allclose(found[1] - found[0], 2 * 1_000 * 65 * 4 / 1e6, atol=0.11)
+
+
+def test_a_training_step_takes_its_state_in_place():
+    network = abstract_network("resnet32", "store", "float32", num_classes=10)
+    step, operands = training_step(network, 2, 8)
+    report = memory_report(step, *operands, compiler_options=FAST)
+    apart = report.argument_bytes + report.output_bytes + report.temporary_bytes
+    assert report.peak_bytes < apart - 0.9 * report.output_bytes
+
+
+@pytest.mark.parametrize(
+    "name, way, batch, memory, operations",
+    [("resnet32", "remat", 16, 1 / 3, 1.15), ("revnet38", "reversible", 64, 1 / 5.3, 1.2)],
+)
+def test_all_is_recomputed(name, way, batch, memory, operations):
+    """The units that change shape and the stem, too, of which each would be enough to see."""
+    found, store = (bytes_of_step(name, each, batch) for each in (way, "store"))
+    assert found.temporary_bytes < memory * store.temporary_bytes
+    assert found.operations > operations * store.operations
+
+
+def test_largest_batch_on_a_tpu_is_one_that_it_pads_to(capsys, monkeypatch):
+    def padded(step, state, images, *rest, **options):
+        batch = jax.tree.leaves(images)[0].shape[0]
+        return MemoryReport(0, 0, 0, 10**7 + 785_920 * (-(-batch // 128) * 128), 0, 0.0)
+
+    monkeypatch.setitem(ARCHITECTURES, "revnet38", Architecture((1,), (4, 4)))
+    monkeypatch.setattr(command, "memory_report", padded)
+    monkeypatch.setattr(command, "find_device", lambda topology: None)
+    flags = ["--model", "revnet38", "--whole", "--backward", "store", "--topology", "v5e:2x2"]
+    assert command.main([*flags, "--fits", "1430800308"]) == 0
+    (row,) = [row for row in capsys.readouterr().out.splitlines() if row.startswith("largest")]
+    assert row.split()[-1] == "1,792"
+
+
 @pytest.mark.slow
 def test_largest_batch_and_plot(capsys, monkeypatch, tmp_path):
     """Of all ways, with compiling replaced by a formula."""
@@ -331,9 +379,12 @@ def test_largest_batch_and_plot(capsys, monkeypatch, tmp_path):
             "store_last=1: no way of store, remat stores; leave",
         ),
         (["--model", "revnet38", "--plot", "nowhere/p.png"], "there is no folder nowhere"),
+        (["--model", "revnet38", "--plot", "folder.png"], "folder.png is a folder; name a file"),
     ],
 )
-def test_command_refuses(flags, message, capsys):
+def test_command_refuses(flags, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("folder.png").mkdir()
     with pytest.raises(SystemExit):
         command.main(flags)
     assert message in capsys.readouterr().err
@@ -344,6 +395,10 @@ def test_command_ends_with_a_sentence():
     assert str(end).startswith("revjax.memory: topology='moon': give")
     end = command.main(["--model", "revnet38", "--store_last", "8"])
     assert str(end).startswith("revjax.memory: store_last=8: give a number from 0 to 7")
+    end = command.main(["--model", "revnet38", "--topology", "tpu"])
+    assert str(end).endswith('its own is cpu; "h100" and "v5e:2x2", say, need not be there.')
+    with pytest.raises(TypeError, match="compiler_options=3: give a dict"):
+        memory_report(jnp.sin, jnp.ones(2), compiler_options=3)  # pyright: ignore[reportArgumentType]
 
 
 def test_networks_are_never_made():

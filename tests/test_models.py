@@ -11,6 +11,7 @@ comparison of trees covers all that a network changes.
 import functools
 import itertools
 import math
+import pickle
 import re
 from typing import Any
 
@@ -37,6 +38,7 @@ from scipy.stats import truncnorm
 from revjax import ResNet, RevNet, RevViT, StreamPeak, create_model, list_models, round_to_grid
 from revjax.conventions import CONVENTIONS
 from revjax.layers import Conv
+from revjax.models import architecture_of
 
 CLASSES = 5
 BATCH = 4
@@ -552,7 +554,7 @@ PARAMETERS = {  # of the authors' code, by number of classes
     "revnet56": {1000: 27_553_128},
     "revnet104": {1000: 45_428_072},
     "preact_resnet110": {10: 1_727_962},
-    "preact_resnet164": {10: 1_703_258},
+    "preact_resnet164": {10: 1_703_258, 100: 1_726_388},
     "resnet1001": {10: 10_327_706, 100: 10_350_836},
     "resnet1202": {10: 19_421_274},
     "resnet200": {1000: 64_666_152},
@@ -561,6 +563,44 @@ PARAMETERS = {  # of the authors' code, by number of classes
     "revvit_base": {1000: 87_335_656},
     "revvit_large": {1000: 305_350_632},
 }
+
+
+def test_placements_and_conventions_are_those_of_the_papers_code():
+    """Which no count of parameters tells; epsilon and decay are those of BatchNorm."""
+    of = {name: architecture_of(name).get("conventions") for name in list_models()}
+    huang, he = (
+        [name for name, code in of.items() if code == kind]
+        for kind in ("stochastic_depth", "identity_mappings")
+    )
+    assert huang == ["resnet1202"]
+    assert he == ["preact_resnet110", "preact_resnet164", "resnet1001", "resnet200"]
+    assert {name for name in of if "placement" in architecture_of(name)} == {"resnet1202"}
+    assert architecture_of("resnet1202")["placement"] == "original"
+    constants = {code: (own.epsilon, own.decay) for code, own in CONVENTIONS.items()}
+    assert constants == {
+        "revnet": (1e-3, 0.99),
+        "identity_mappings": (1e-5, 0.9),
+        "stochastic_depth": (1e-5, 0.9),
+    }
+
+
+def test_none_store_by_default_where_a_tpu_is(monkeypatch):
+    def stored():
+        network = nnx.eval_shape(lambda: create_model("revnet38", 10, rngs=nnx.Rngs(0)))
+        return sum(stage.store_last for stage in network.stages)
+
+    assert stored() > 0
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert stored() == 0
+
+
+@pytest.mark.parametrize("name", ["resnet", "revnet"])
+def test_a_network_can_be_pickled_and_tabulated(name):
+    model = create_model(name, 10, rngs=nnx.Rngs(0), units=(1, 1), filters=(4, 4, 8))
+    images = jnp.ones((2, 8, 8, 3))
+    again = pickle.loads(pickle.dumps(model))
+    chex.assert_trees_all_equal(again(images), nnx.clone(model)(images))
+    assert type(model).__name__ in nnx.tabulate(model, images)
 
 
 def test_list_models():
@@ -705,6 +745,16 @@ def test_images_of_another_shape(name, shape):
 
     shown = f"images are float32[{','.join(map(str, shape))}]: give [B, H, W, 3]"
     with pytest.raises(ValueError, match=re.escape(shown)):
+        jax.eval_shape(logits)
+
+
+@pytest.mark.parametrize("height, width", [(8, 9), (9, 8)])
+def test_images_that_strides_do_not_divide(height, width):
+    def logits():
+        model = create_model("revnet", 10, rngs=nnx.Rngs(0), units=(1, 1), filters=(8, 8, 8))
+        return model(jnp.zeros((2, height, width, 3)))
+
+    with pytest.raises(ValueError, match=f"a stage of stride 2 as {height}x{width}: their sides"):
         jax.eval_shape(logits)
 
 

@@ -30,6 +30,16 @@ def test_values_and_derivatives_are_those_of_jax(height, width):
     assert jnp.vdot(tangent, dy) == jnp.vdot(dx, pullback(dy)[0])
 
 
+@pytest.mark.parametrize("height,width", [(8, 8), (5, 7)])
+def test_nan_is_the_largest_wherever_it_is(height, width):
+    """Where it is differentiated, too: a loss that is not finite must be seen."""
+    for place in range(height * width):
+        x = jnp.arange(1.0 * height * width).at[place].set(jnp.nan).reshape(1, height, width, 1)
+        due = pool_of_jax(x)
+        chex.assert_trees_all_equal(jax.jvp(max_pool, (x,), (x,))[0], due)
+        assert jnp.isnan(due).any()
+
+
 @pytest.mark.optimised
 def test_behind_what_a_compiler_may_fuse_with_it():
     """Where it might compute the largest value in one way and compare it in another."""

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import print_saved_residuals
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -177,6 +178,18 @@ def test_what_is_stored_is_what_is_dear(mapped):
     # 12 products, of which the conditional copies a function's 6, and what one product takes.
     assert 12 * activation <= bytes_of[store_dear] <= (12 + 6 + 3) * activation
     assert bytes_of[plain] > 23 * activation
+
+
+def test_what_is_dear(capsys):
+    def h(x, kernel, w):
+        y = jax.lax.conv(jnp.sin(x), kernel, (1, 1), "SAME")
+        return jnp.cos(jnp.tanh(y).sum((2, 3)) @ w).sum()
+
+    x, kernel, w = jnp.ones((2, 3, 4, 4)), jnp.ones((5, 3, 3, 3)), jnp.ones((5, 6))
+    print_saved_residuals(keep_dear(h), x, kernel, w)
+    lines = [line.split(" from ")[0] for line in capsys.readouterr().out.splitlines()]
+    kept = sorted(line.split()[-1] for line in lines if "output of" in line)
+    assert kept == ["conv_general_dilated", "dot_general", "reduce_sum"], lines
 
 
 @pytest.mark.parametrize("unroll", [1, 2, 3, 4, True])

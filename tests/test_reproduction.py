@@ -80,6 +80,39 @@ def test_readme_has_the_report_of_what_is_recorded(reproduce):
     assert due in (ROOT / "README.md").read_text()
 
 
+def test_a_run_that_failed_is_not_complete(reproduce, tmp_path, monkeypatch):
+    """Of another config, say, whose finished run has the folder."""
+    row = reproduce.TABLES["digits"]()["resnet_store_float32"]
+    steps = reproduce.config_of(reproduce.command_line(row))["steps"]
+    (tmp_path / "summary.json").write_text(json.dumps({"steps": steps}))
+    rates = {"train": 100.0, "test": 900.0}
+    lines = [
+        {"step": steps, "split": split, "accuracy": 0.75, "images_per_second": rate}
+        for split, rate in rates.items()
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for code, complete in ((0, True), (1, False), (2, False)):
+        monkeypatch.setattr(reproduce, "train", lambda *_, code=code: ("no", code))
+        found = reproduce.run_slice(row, 0, [], tmp_path, lambda: False)
+        assert found["complete"] is complete
+        assert found["test_error_last"] == (None if code == 2 else 25)
+        assert found["images_per_second"] == (None if code == 2 else 100)
+
+
+def test_ours_is_a_median_where_theirs_is_one(reproduce):
+    table = reproduce.TABLES["identity_mappings"]()
+    name = "resnet110_original"
+    records = [
+        record(reproduce, "cifar10_revnet38", seed, error)
+        | {"table": "identity_mappings", "row": name}
+        | {"config_hash": reproduce.config_hash(table[name])}
+        for seed, error in enumerate((6.0, 7.0, 20.0))
+    ]
+    report = reproduce.report("identity_mappings", records)
+    assert row_of(report, name)[2:6] == ["7.00", "7.81", "3", "+0.39"]
+    assert "ours, median" in report
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_where_its_budget_ended(tmp_path):
     """In another folder, as on another machine; the result is that of one undisturbed run."""

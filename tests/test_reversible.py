@@ -4,7 +4,7 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalMemberAccess=false
 
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -777,6 +777,55 @@ def test_leaving_the_range_is_reported(capfd):
         check(outside)[0].throw()
 
 
+def test_the_range_of_a_stream_of_two_dtypes_is_the_smaller_one(x64):
+    seen = []
+    halves = jnp.ones((2, 3), jnp.float32), jnp.ones((2, 3), jnp.float64)
+    zeros = [lambda _, x, half=half: jnp.zeros_like(half) for half in halves]
+    rev_chain_apply(*zeros, [((), ())], halves, range_check=lambda _, bound: seen.append(bound))
+    assert seen == [revjax.stream_bound(14, jnp.float32)]
+
+
+class Both(NamedTuple):
+    f: Any
+    g: Any
+
+
+@pytest.mark.parametrize("store_last", [0, 2])
+def test_pairs_may_be_of_any_kind(store_last):
+    """The gradient of one is of the same kind."""
+    w, x = normal(0, 3, 3, 3, dtype=jnp.float32), (jnp.ones((2, 3)), jnp.ones((2, 3)))
+
+    def loss(params):
+        return value(rev_chain_apply(dense, dense, params, x, store_last=store_last))
+
+    due = jax.grad(loss)((w, w))
+    for params in (Both(w, w), [Both(each, each) for each in w], [[each, each] for each in w]):
+        found = jax.grad(loss)(params)
+        assert jax.tree.structure(found) == jax.tree.structure(params)
+        if isinstance(params, list):
+            found = tuple(map(jnp.stack, zip(*found, strict=True)))
+        chex.assert_trees_all_close(tuple(found), due, atol=1e-5)
+    blocks = jax.grad(lambda pair: value(rev_block_apply(dense, dense, pair, x)))(Both(w[0], w[0]))
+    assert isinstance(blocks, Both)
+
+
+@pytest.mark.parametrize("store_last", [0, 2, 4])
+def test_arrays_may_be_numpys(store_last):
+    w, xs = np.asarray(normal(0, 4, 3, 3, dtype=jnp.float32)), np.arange(4, dtype=np.float32)
+    gates = np.array([True, False, True, True]), None
+
+    def loss(x, *inputs, **options):
+        params, xs, gates = inputs
+        f = lambda w, half, shift: dense(w, half) + shift  # noqa: E731
+        y = rev_chain_apply(f, f, params, x, xs=xs, gates=gates, store_last=store_last, **options)
+        return value(y)
+
+    x = jnp.ones((2, 3)), jnp.ones((2, 3))
+    inputs = (w, w), xs, gates
+    got, due = (jax.grad(loss)(x, *each) for each in (inputs, jax.tree.map(jnp.asarray, inputs)))
+    chex.assert_trees_all_equal(got, due)
+
+
 def test_grid_bits_may_be_an_integer_of_numpy():
     x = rev_block_apply(dense, dense, (STACK[0],) * 2, (ONE, ONE), grid_bits=np.int64(3))
     chex.assert_trees_all_equal(x, revjax.round_to_grid(x, 3))
@@ -808,6 +857,17 @@ STACK = jnp.ones((4, 3, 3))
         (TypeError, "stream is bfloat16, which cannot hold a grid", dense, (STACK, STACK),
          (ONE.astype(jnp.bfloat16),) * 2, {}),
         (TypeError, "was due", dense, (STACK, STACK), (ONE, ONE), {"coupling": revjax.affine}),
+        (TypeError, "second of the two is an auxiliary value, pass has_aux=True",
+         lambda w, x: (dense(w, x), 1.0), (STACK, STACK), (ONE, ONE), {}),
+        (TypeError, "stream x is int32 there, which has no gradient: cast it to float32",
+         dense, (STACK, STACK), (ONE.astype(int), ONE), {"backward": "reversible"}),
+        (TypeError, "x has a leaf without values, .*: call by jax.eval_shape", dense,
+         (STACK, STACK), (jax.ShapeDtypeStruct((2, 3), jnp.float32), ONE), {}),
+        (TypeError, r"combine returned float32\[1,3\] for a half of the stream that is float32.2,3",
+         dense, (STACK, STACK), (ONE, ONE),
+         {"coupling": revjax.additive._replace(combine=lambda x, r: (x + r)[:1])}),
+        (TypeError, "separate returned int32", dense, (STACK, STACK), (ONE, ONE),
+         {"coupling": revjax.additive._replace(separate=lambda y, r: (y - r).astype(int))}),
         (ValueError, "cannot keep the stream on a grid", dense, (STACK, STACK), (ONE, ONE),
          {"coupling": revjax.affine, "grid_bits": 14}),
         (ValueError, "depth of the chain as its leading axis", dense, (STACK, STACK[:2]),
@@ -819,6 +879,8 @@ STACK = jnp.ones((4, 3, 3))
          {"xs": [1, 2]}),
         (ValueError, "backward='forward': give", dense, (STACK, STACK), (ONE, ONE),
          {"backward": "forward"}),
+        (ValueError, "backward=array.*: give", dense, (STACK, STACK), (ONE, ONE),
+         {"backward": np.array(["store", "remat"])}),
         (ValueError, "store_last=5: give a number from 0 to 4, as", dense, (STACK, STACK),
          (ONE, ONE), {"store_last": 5, "backward": "reversible"}),
         (ValueError, "store_last=True: give a number", dense, (STACK, STACK), (ONE, ONE),
@@ -835,6 +897,26 @@ def test_wrong_input_is_refused_in_a_sentence(error, message, f, params, x, opti
     if "backward" not in options:
         with pytest.raises(error, match=message):
             jax.eval_shape(lambda: rev_chain_inverse(f, dense, params, x, **options))
+
+
+@pytest.mark.parametrize("backward", ["reversible", "remat", "store"])
+def test_arguments_that_are_no_arrays_are_refused_by_every_way(backward):
+    with pytest.raises(TypeError, match="args has a leaf that is no array, 'relu'; bind what is"):
+        rev_chain_apply(dense, dense, (STACK, STACK), (ONE, ONE), "relu", backward=backward)
+
+
+def test_aux_that_is_no_array_is_refused():
+    def f(w, x):
+        return dense(w, x), "note"
+
+    with pytest.raises(TypeError, match=r"the aux of f .f. has a leaf that is no array, 'note'"):
+        rev_chain_apply(f, f, (STACK, STACK), (ONE, ONE), has_aux=True)
+
+
+def test_a_block_has_fewer_options():
+    for apply in (rev_block_apply, rev_block_inverse):
+        with pytest.raises(TypeError, match="no option backward, xs: give coupling, grid_bits"):
+            apply(dense, dense, (STACK[0],) * 2, (ONE, ONE), xs=1, backward="store")
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.complex64])

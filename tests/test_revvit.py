@@ -35,6 +35,7 @@ import train
 from revjax import (
     RevViT,
     StochasticDepth,
+    StreamPeak,
     create_model,
     draw_gates,
     memory_report,
@@ -379,6 +380,13 @@ def test_images_of_another_shape(shape):
 
 def create_own():
     return RevViT(1, 8, 2, 5, patch=PATCH, image_size=SIDE, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("bits, peaks", [(14, 1), (None, 0)])
+def test_the_grid_is_handed_on(bits, peaks):
+    own: Any = dict(depth=1, width=8, heads=2, patch=4, image_size=8, grid_bits=bits)
+    network = nnx.eval_shape(lambda: RevViT(num_classes=3, rngs=nnx.Rngs(0), **own))
+    assert len(jax.tree.leaves(nnx.state(network, StreamPeak))) == peaks
 
 
 def test_a_key_is_asked_for():

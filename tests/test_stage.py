@@ -261,6 +261,94 @@ def test_wrong_arguments_are_refused_in_a_sentence(error, message, args, options
         ReversibleStage(*args, **({"rngs": rngs()} | options))
 
 
+class Shared(nnx.Module):
+    def __init__(self, rngs):
+        self.rngs = rngs
+
+    def __call__(self, x):
+        return jax.random.normal(self.rngs.dropout(), x.shape)
+
+
+class Sowing(Plain):
+    def __call__(self, x):
+        y = super().__call__(x)
+        self.sow(nnx.Intermediate, "inner", y)
+        return y
+
+
+def test_functions_that_share_a_stream_are_refused():
+    with pytest.raises(
+        ValueError, match=r"f and g share rngs\.default\.count, rngs\.default\.key,"
+    ):
+        ReversibleStage(Shared, Shared, rngs=rngs())
+
+    def forked(rngs):
+        return Shared(rngs.fork())
+
+    zeros = jnp.zeros((2, WIDTH))
+    y1, y2 = ReversibleStage(forked, forked, rngs=rngs())((zeros, zeros))
+    assert not jnp.array_equal(y1, y2)
+
+
+def test_functions_get_keys_of_their_own():
+    """Of one block, too."""
+    stage = ReversibleStage(Noisy, Noisy, 2, rngs=rngs())
+    zeros = jnp.zeros((2, WIDTH)), jnp.zeros((2, WIDTH))
+    y1, y2 = stage(zeros, key=key(0), gates=(jnp.array([True, False]), jnp.array([True, False])))
+    assert not jnp.array_equal(y1, y2)
+
+
+class Noisy(Plain):
+    def __call__(self, x, key):
+        return jax.random.normal(key, x.shape)
+
+
+def test_a_transform_may_close_over_what_holds_nothing_that_moves():
+    stage = ReversibleStage(Plain, Plain, 2, rngs=rngs())
+    x = stream()
+    y = stage(x)
+    seen = stage.peak[...]  # pyright: ignore[reportOptionalSubscript]
+    got = jax.grad(lambda x: jnp.sum(stage(x)[0]))(tuple(2 * half for half in x))
+    assert jax.tree.all(jax.tree.map(lambda a: jnp.isfinite(a).all(), got))
+    chex.assert_trees_all_close(jax.jit(lambda x: stage(x))(x), y, atol=1e-4)
+    assert stage.peak[...] == seen  # pyright: ignore[reportOptionalSubscript]
+
+
+def test_what_is_sown_is_captured_with_gates():
+    stage = ReversibleStage(Sowing, Sowing, 2, rngs=rngs())
+    gates = jnp.array([True, False]), None
+    _, found = nnx.capture(stage, nnx.Intermediate)(stream(), gates=gates)
+    (of_f,), (of_g,) = (nnx.to_pure_dict(found)[name]["inner"] for name in "fg")
+    assert of_f.shape == of_g.shape == (2, 8, WIDTH)
+    assert (of_f != 0).any((1, 2)).tolist() == [True, False]
+    assert (of_g != 0).any((1, 2)).all()
+
+
+def test_factors_of_residuals_have_no_gradient():
+    stage = ReversibleStage(Plain, Plain, 2, rngs=rngs())
+
+    def loss(factors):
+        return jnp.sum(stage(stream(), gates=(factors, None))[0])
+
+    chex.assert_trees_all_equal(jax.grad(loss)(jnp.array([0.5, 2.0])), jnp.zeros(2))
+
+
+@pytest.mark.parametrize("bits", [4, None])
+def test_the_inverse_is_on_the_grid_of_the_stage(bits):
+    stage = ReversibleStage(Plain, Plain, 2, rngs=rngs(), grid_bits=bits)
+    x = stream() if bits is None else revjax.round_to_grid(stream(), bits)
+    back = stage.inverse(stage(x))
+    if bits is None:
+        chex.assert_trees_all_close(back, x, atol=1e-5)
+    else:
+        chex.assert_trees_all_equal(back, x)
+
+
+def test_flax_can_tabulate_a_stage():
+    table = nnx.tabulate(ReversibleStage(Plain, Plain, 2, rngs=rngs()), stream())
+    assert "ReversibleStage" in table
+
+
 def test_one_module_for_both_has_no_state(drawn):
     keyed = Keyed(rngs())
     with pytest.raises(ValueError, match="f and g share "):

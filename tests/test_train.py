@@ -159,6 +159,7 @@ def test_workdir_has_what_is_promised(finished):
         "metrics.jsonl",
         "summary.json",
         "tensorboard",
+        "terms.json",
     }
     assert json.loads((workdir / "config.json").read_text())["model"]["units"] == [1, 2]
     assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == [200, 250, 300]
@@ -170,7 +171,7 @@ def test_workdir_has_what_is_promised(finished):
     assert summary["steps"] == STEPS
     assert summary["model"] == "revnet"
     assert summary["wall_seconds"] > 0
-    assert {"python", "jax", "flax", "optax"} <= set(summary["versions"])
+    assert {"python", "revjax", "jax", "flax", "optax"} <= set(summary["versions"])
     kernels = final_state(workdir)["params"]
     assert summary["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(kernels))
     assert f"{summary['test_accuracy']:.2%}" in out

@@ -73,6 +73,19 @@ def test_newest_comes_back_bit_for_bit(saved, states):
     assert steps(saved) == [20, 30]
 
 
+def test_one_of_another_network_is_refused(saved, states):
+    def wider(leaf):
+        return jnp.zeros((*leaf.shape[:-1], leaf.shape[-1] + 1)) if leaf.ndim > 1 else leaf
+
+    template = states[0]._replace(params=jax.tree.map(wider, states[0].params))
+    for seal in (True, False):
+        with pytest.raises(TrainingError, match=r"step 30 in .* is of another network: .*kernel"):
+            restore(saved, template)
+        if seal:
+            (saved / "30" / "files.json").unlink()
+    assert steps(saved) == [20, 30]
+
+
 def test_what_is_saved_may_be_donated_at_once(tmp_path, states):
     """What the writing thread holds is no view, for which JAX would, silently, not donate."""
     state = jax.tree.map(jnp.copy, states[10])

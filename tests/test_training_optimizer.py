@@ -13,7 +13,7 @@ from revjax.training.config import OptimConfig
 from revjax.training.optimizer import learning_rate_schedule, make_optimizer
 
 CONFIG = OptimConfig(
-    learning_rate=0.1, boundaries=(1, 3), decay_factor=0.1, momentum=0.9, weight_decay=0.05
+    learning_rate=0.1, boundaries=(1, 3), decay_factor=0.1, momentum=0.8, weight_decay=0.05
 )
 
 
@@ -62,8 +62,8 @@ def test_three_steps_are_those_of_the_equations(nesterov, decay):
                 d = gradient[module][name].astype(np.float64)
                 if decay == "all" or name == "kernel":
                     d = d + 0.05 * w
-                v = 0.9 * v + d
-                w = w - rate * (d + 0.9 * v if nesterov else v)
+                v = 0.8 * v + d
+                w = w - rate * (d + 0.8 * v if nesterov else v)
             np.testing.assert_allclose(result[module][name], w, rtol=0, atol=3e-7, err_msg=name)
 
 
@@ -78,9 +78,9 @@ def test_three_steps_of_adamw_are_those_of_the_equations(decay):
             m, v = np.zeros_like(w), np.zeros_like(w)
             for t, (rate, gradient) in enumerate(zip(RATES, gradients, strict=True), 1):
                 g = gradient[module][name].astype(np.float64)
-                m = 0.9 * m + 0.1 * g
+                m = 0.8 * m + 0.2 * g
                 v = 0.999 * v + 0.001 * g**2
-                step = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+                step = m / (1 - 0.8**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
                 w = w - rate * (step + (0.05 * w if decay == "all" or name == "kernel" else 0))
             np.testing.assert_allclose(result[module][name], w, rtol=0, atol=2e-6, err_msg=name)
 

@@ -14,10 +14,11 @@ from images import encode, ramp
 from test_data_stream import SAMPLE, shades, write
 
 from revjax.data import FIXED_NORMALIZATIONS, distort_color, normalize
+from revjax.data.image_folder import open_image_folder
 from revjax.training.command_line import Arguments, parse_arguments
 from revjax.training.config import Config, check_config
 from revjax.training.errors import ConfigError
-from revjax.training.feed import StreamFeed, open_stream_of
+from revjax.training.feed import StreamFeed, open_stream_of, terms_of
 from revjax.training.mesh import make_mesh
 from revjax.training.metrics import read_rows
 from revjax.training.state import abstract_model
@@ -91,6 +92,35 @@ def test_a_feed_is_the_stream_with_its_images_finished(tmp_path):
         np.testing.assert_array_equal(found.images, batch.images())
         np.testing.assert_array_equal(found.labels, batch.labels)
     np.testing.assert_array_equal(tested[0][1], due[-1].counted)
+
+
+def test_a_folder_is_told_from_another_by_its_terms(tmp_path):
+    def terms(file="imagenet_revnet56", **changes):
+        values = parse("--config.batch_size=8", file=file).unlock()
+        if file == "imagenet_revnet56":
+            values.data.source = str(tmp_path / "now")
+        for key, value in changes.items():
+            values.model[key] = value
+        config = check_config(values)
+        open_image_folder.cache_clear()
+        return terms_of(config, make_mesh(config))
+
+    write(tmp_path / "now", shades(12))
+    write(tmp_path / "now", shades(5), "val")
+    first = terms()
+    assert list(first) == ["classes", "training images", "test images"]
+    assert terms() == first
+    renamed = next((tmp_path / "now" / "train").glob("*/*"))
+    renamed.rename(renamed.with_stem("another"))
+    second = terms()
+    assert [name for name in first if first[name] != second[name]] == ["training images"]
+    for part in ("train", "val"):
+        any_class = sorted((tmp_path / "now" / part).iterdir())[0]
+        any_class.rename(any_class.with_name("zebra"))
+    assert terms()["classes"] != second["classes"]
+    parts = "parts of a batch with statistics of their own"
+    assert terms(bn_scope="device")[parts] == jax.device_count()
+    assert terms("digits_revnet") == {}
 
 
 def test_training_examples_are_held_out_of_a_folder(folder):

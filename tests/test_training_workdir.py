@@ -7,7 +7,13 @@ import os
 import pytest
 
 from revjax.training.errors import ConfigError, TrainingError
-from revjax.training.workdir import check_same_config, lock_workdir, write_json
+from revjax.training.workdir import (
+    check_same_config,
+    check_same_terms,
+    lock_workdir,
+    read_json,
+    write_json,
+)
 
 CONFIG = {
     "steps": 100,
@@ -66,6 +72,8 @@ def test_the_same_config_goes_on(workdir):
         {"model__unroll": True},
         {"model__store_last": 0},
         {"mesh__fsdp": 2},
+        {"data__workers": 2},
+        {"data__source": "/elsewhere"},
     ],
 )
 def test_what_may_change(workdir, free):
@@ -102,6 +110,39 @@ def test_a_run_that_saved_nothing_has_no_config_to_keep(workdir):
     (workdir / "summary.json").touch()
     with pytest.raises(ConfigError, match=r"config\.seed is 1, there 0"):
         check_same_config(workdir, changed(seed=1))
+
+
+def test_a_default_may_be_given_or_left_out(workdir):
+    defaults = {"model.bn_scope": "global"}
+    spelt_out = changed(model__bn_scope="global", model__store_last=None)
+    check_same_config(workdir, spelt_out, defaults=defaults)
+    write_json(workdir / "config.json", spelt_out)
+    check_same_config(workdir, CONFIG, defaults=defaults)
+    with pytest.raises(ConfigError, match="bn_scope is 'device', there 'global'"):
+        check_same_config(workdir, changed(model__bn_scope="device"), defaults=defaults)
+
+
+def test_other_terms_are_refused_once_something_is_saved(workdir):
+    terms = {"classes": "2", "training images": "20"}
+    check_same_terms(workdir, terms)  # of a workdir from before there were any
+    assert read_json(workdir / "terms.json") == terms
+    check_same_terms(workdir, terms)
+    with pytest.raises(ConfigError, match="classes: '3', there '2'; training images: not set"):
+        check_same_terms(workdir, {"classes": "3"})
+    check_same_terms(workdir, {"classes": "2"}, writes=False)  # who only evaluates asks for less
+    with pytest.raises(ConfigError, match="classes: '3', there '2'; give it back"):
+        check_same_terms(workdir, {"classes": "3"}, writes=False)
+    assert read_json(workdir / "terms.json") == terms
+    (workdir / "checkpoints" / "10").rmdir()
+    check_same_terms(workdir, {})
+    assert read_json(workdir / "terms.json") == {}
+
+
+@pytest.mark.parametrize("text", ["garbage", "[1]", '{"other": 1}', '{"st'])
+def test_a_damaged_file_is_named(workdir, text):
+    (workdir / "config.json").write_text(text)
+    with pytest.raises(TrainingError, match=r"config\.json is damaged \(.*; put back what it was"):
+        check_same_config(workdir, CONFIG)
 
 
 def test_checkpoints_of_an_unknown_config_are_refused(tmp_path):

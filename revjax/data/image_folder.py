@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import zlib
 
 import numpy as np
 
@@ -52,6 +53,10 @@ class ImageFolder:
     def name(self, index: int) -> str:
         """As `Examples.name`: the path from the folder that both splits lie in."""
         return os.path.join(self.folder.name, self._place(index))
+
+    def fingerprint(self) -> int:
+        """Of the files' names and classes, and of their order: the CRC-32 of both."""
+        return zlib.crc32(self.files.tobytes(), zlib.crc32(self.labels.tobytes()))
 
     def _place(self, index: int) -> str:
         return f"{self.classes[self.labels[index]]}{os.sep}{os.fsdecode(self.files[index])}"

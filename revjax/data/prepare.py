@@ -40,7 +40,7 @@ def prepare(
         with official_files(name, source, scratch=os.fspath(data_dir)) as files, _on_stderr():
             builder = builder_class(files=files, data_dir=data_dir)
             builder.download_and_prepare(file_format="array_record")
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # array_record's writer raises the latter
         if not directory.exists():  # else another process has prepared it meanwhile
             raise DataError(
                 f"{name} could not be prepared in {directory} ({error}): free some space there, or "

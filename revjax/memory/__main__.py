@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import jax
 from revjax.memory.network import (
     Network,
     abstract_network,
+    batch_unit,
     largest_batch,
     stage_gradients,
     training_step,
@@ -81,7 +83,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     arguments.image = arguments.image or usual_image(arguments.model)
     possible = ways_of(arguments.model)
-    arguments.ways = arguments.backward.split(",") if arguments.backward else possible
+    asked = arguments.backward.split(",") if arguments.backward else possible
+    arguments.ways = list(dict.fromkeys(asked))
     if unknown := [way for way in arguments.ways if way not in possible]:
         parser.error(
             f"--backward: {arguments.model} has {', '.join(possible)}, not {unknown[0]!r}."
@@ -91,11 +94,21 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
             f"--store_last={arguments.store_last}: no way of {', '.join(arguments.ways)} stores; "
             "leave it out, or add reversible to --backward."
         )
-    if arguments.plot and not arguments.plot.parent.is_dir():
-        parser.error(f"--plot: there is no folder {arguments.plot.parent}.")
-    if arguments.plot and arguments.plot.suffix != ".png":
-        parser.error(f"--plot: {arguments.plot} is no .png.")
+    if arguments.plot:
+        check_plot(arguments.plot, parser.error)
     return arguments
+
+
+def check_plot(path: Path, refuse: Callable[[str], Any]) -> None:
+    """Refuse, before programs are compiled, what the picture could not be written to."""
+    if not path.parent.is_dir():
+        refuse(f"--plot: there is no folder {path.parent}.")
+    if path.suffix != ".png":
+        refuse(f"--plot: {path} is no .png.")
+    if path.is_dir():
+        refuse(f"--plot: {path} is a folder; name a file.")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        refuse(f"--plot: {path} cannot be written; choose another folder.")
 
 
 def report_of(
@@ -159,11 +172,22 @@ def table(arguments: argparse.Namespace) -> dict[str, dict[str, str]]:
         put("time to compile, s", way, f"{report.compile_seconds:.1f}" if fits else "")
         if arguments.fits:
             tell(f"compiling {way}, the largest batch")
-            known = {arguments.batch: report.peak_bytes}
-            batch = largest_batch(partial(peak_bytes, arguments, way), arguments.fits, known)
+            batch = find_largest(arguments, way, report.peak_bytes)
             put(f"largest batch in {arguments.fits / 1e9:g} GB", way, f"{batch:,}")
     tell("")
     return rows
+
+
+def find_largest(arguments: argparse.Namespace, way: str, peak: float) -> int:
+    """The largest batch that fits, to 1%, where a peak is known; for a TPU, of those it pads to."""
+    tpu = arguments.topology and (arguments.topology == "tpu" or ":" in arguments.topology)
+    unit = batch_unit(arguments.batch * arguments.fits / peak) if tpu else 1
+    known = {} if arguments.batch % unit else {arguments.batch // unit: peak}
+
+    def peak_of(units: int) -> float:
+        return peak_bytes(arguments, way, unit * units)
+
+    return unit * largest_batch(peak_of, arguments.fits, known)
 
 
 def peak_bytes(arguments: argparse.Namespace, way: str, batch: int) -> float:
@@ -249,16 +273,21 @@ def main(argv: list[str]) -> int | str:
             find_device(arguments.topology)
         print(title(arguments), flush=True)
         rows = table(arguments)
-    except (ValueError, RuntimeError) as error:
+        show(rows, arguments.ways)
+        if arguments.plot:
+            draw(arguments)
+            print(f"\nplot: {arguments.plot}")
+    except (ValueError, RuntimeError, OSError) as error:
         return f"revjax.memory: {error}"
-    width = max(map(len, rows))
-    print(f"\n{'':<{width}}" + "".join(f"{way:>14}" for way in arguments.ways))
-    for row, cells in rows.items():
-        print(f"{row:<{width}}" + "".join(f"{cells[way]:>14}" for way in arguments.ways))
-    if arguments.plot:
-        draw(arguments)
-        print(f"\nplot: {arguments.plot}")
     return 0
+
+
+def show(rows: dict[str, dict[str, str]], ways: list[str]) -> None:
+    """Print the cells that `table` returned."""
+    width = max(map(len, rows))
+    print(f"\n{'':<{width}}" + "".join(f"{way:>14}" for way in ways))
+    for row, cells in rows.items():
+        print(f"{row:<{width}}" + "".join(f"{cells[way]:>14}" for way in ways))
 
 
 if __name__ == "__main__":

@@ -174,5 +174,10 @@ def largest_batch(
         peaks[batch] = peak_bytes(batch)
 
 
+def batch_unit(guess: float) -> int:
+    """What batches on a TPU are multiples of, where about so many images fit: it pads to that."""
+    return 128 if guess >= 1024 else 8
+
+
 def _images(network: Network, batch: int, image: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((batch, image, image, network.in_channels), jnp.float32)

@@ -15,7 +15,8 @@ def count_operations(jaxpr: Jaxpr) -> int:
     The compiler's own `cost_analysis` counts the body of a loop once, whatever its length; here a
     scan counts for all its iterations. A `while_loop`, whose length nobody knows, counts for one,
     and a `cond` for its longest branch. What a convolution multiplies by zeros counts where they
-    are its padding, not where they come from a stride. What nothing uses counts too.
+    are its padding, not where they come from a stride. What nothing uses counts too. Products of
+    ragged groups are not counted.
     """
     return sum(map(_of_equation, jaxpr.eqns))
 

@@ -20,7 +20,8 @@ class MemoryReport(NamedTuple):
         argument_bytes: of all arguments.
         output_bytes: of the results, the part that takes donated arguments' place included.
         peak_bytes: the most that the program holds at once, all of the above included.
-        operations: of matrix products and convolutions as traced, loops multiplied out.
+        operations: of matrix products and convolutions as traced, loops multiplied out; those of
+            ragged groups (`jax.lax.ragged_dot`) are not counted.
         compile_seconds: tracing included.
 
     Example:
@@ -60,7 +61,8 @@ def memory_report(
         temporaries: all have their places for the whole run of a program.
 
     Raises:
-        TypeError: fn is no function, or JAX's for an argument that is no array.
+        TypeError: fn is no function, compiler_options no dict, or JAX's for an argument that is no
+            array.
         ValueError: there is no such topology, or no argument to compile for it; or its compiler
             does not tell what memory a program needs.
         RuntimeError: the compiler for the topology is not installed, or another process has it.
@@ -82,6 +84,8 @@ def compile_with_report(
 ) -> tuple[Any, MemoryReport]:
     """The compiled program, as `jax.stages.Compiled`, with what `memory_report` says of it."""
     check_function("fn", fn)
+    if not isinstance(compiler_options, dict | None):
+        raise TypeError(f"compiler_options={compiler_options!r}: give a dict of names and values.")
     if topology is not None:
         if not jax.tree.leaves(args):
             raise ValueError(

@@ -59,7 +59,10 @@ def find_device(topology: str) -> Any:
         try:
             return jax.devices(topology)[0]
         except RuntimeError as error:
-            raise ValueError(f"topology={topology!r}: this process has no such backend.") from error
+            raise ValueError(
+                f"topology={topology!r}: this process has no such backend, its own is "
+                f'{jax.default_backend()}; "h100" and "v5e:2x2", say, need not be there.'
+            ) from error
     if topology == "h100":
         return _describe_gpu(H100)
     if ":" in topology:

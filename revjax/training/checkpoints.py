@@ -130,6 +130,8 @@ class Checkpoints:
             if damage is None:
                 try:
                     restored = self.restore(step, template)
+                except TrainingError:  # whole, and of another network
+                    raise
                 except Exception as error:  # of orbax or tensorstore, of no common class
                     if (self.directory / str(step) / SEAL).exists():
                         raise
@@ -155,6 +157,9 @@ class Checkpoints:
         Args:
             step: of a checkpoint that is there.
             template: a state of the same structure, shapes and dtypes.
+
+        Raises:
+            TrainingError: it has other shapes or dtypes.
         """
         arrays = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), template)
         restored: Any = self._manager.restore(
@@ -163,6 +168,16 @@ class Checkpoints:
                 state=ocp.args.StandardRestore(arrays), record=ocp.args.JsonRestore()
             ),
         )
+        # Orbax hands on what is there, whatever was asked for.
+        found = jax.tree_util.tree_leaves_with_path(restored.state)
+        for (path, leaf), due in zip(found, jax.tree.leaves(arrays), strict=True):
+            if (leaf.shape, leaf.dtype) != (due.shape, due.dtype):
+                raise TrainingError(
+                    f"the checkpoint of step {step} in {self.directory} is of another network: "
+                    f"{jax.tree_util.keystr(path)} is {leaf.dtype}{list(leaf.shape)} there, and "
+                    f"{due.dtype}{list(due.shape)} here. The data may have other classes now; give "
+                    "another --workdir."
+                )
         return Restored(restored.state, step, restored.record["wall_seconds"])
 
     def _set_aside(self, step: int) -> Path:

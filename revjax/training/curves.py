@@ -34,7 +34,8 @@ def draw_curves(rows: list[dict[str, Any]], title: str, path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     loss.set_ylabel("cross-entropy")
-    loss.set_yscale("log")
+    if any(row["loss"] > 0 for row in rows):  # which it is not where there is one class alone
+        loss.set_yscale("log")
     accuracy.set_ylabel("accuracy")
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
     temporary = path.with_name(path.name + ".tmp")

@@ -4,6 +4,7 @@ Both give training steps and evaluations what they need as `Split`s, and both ar
 step: a run that goes on at a step is fed what it would have been fed.
 """
 
+import zlib
 from collections.abc import Callable, Generator
 from contextlib import closing
 from typing import Any
@@ -20,11 +21,14 @@ from revjax.data import (
     load_dataset,
     open_stream,
 )
+from revjax.data.image_folder import open_image_folder
 from revjax.data.stream import Batch, Batches, ImageStream, empty_batch
 from revjax.training.config import Config
 from revjax.training.mesh import batch_sharding, put, replicated
 from revjax.training.pace import MAX_DISPATCH_STEPS
 from revjax.training.step import Split, put_on_device, split_shardings
+
+CLASSES = "classes"  # the term that an evaluation depends on, too
 
 # A part of an evaluation: examples, and bool [batch_size], false where they only fill it up.
 Counted = tuple[Split, jax.Array]
@@ -176,6 +180,25 @@ def open_stream_of(config: Config) -> ImageStream:
         validation=data.validation,
         workers=data.workers,
     )
+
+
+def terms_of(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """What the numbers of a run depend on beside its config: see `check_same_terms`.
+
+    Data sets by name have checksums of their publishers; a folder of images may be any. It is told
+    by the names of its files and classes, as reading the files would take too long.
+    """
+    terms: dict[str, Any] = {}
+    if config.model.bn_scope == "device":
+        terms["parts of a batch with statistics of their own"] = mesh.size
+    source = config.data.source
+    if source is not None and is_streamed(config.data.name, source):
+        train, test = open_image_folder(source)
+        names = zlib.crc32("/".join(train.classes).encode(errors="surrogateescape"))
+        terms[CLASSES] = f"{len(train.classes)}, CRC of their names {names:08x}"
+        for name, split in (("training images", train), ("test images", test)):
+            terms[name] = f"{len(split)}, CRC of their names {split.fingerprint():08x}"
+    return terms
 
 
 def open_feed(config: Config, mesh: Mesh, tell: Callable[[str], None]) -> Feed:

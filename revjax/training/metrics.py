@@ -31,8 +31,9 @@ def read_rows(workdir: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines[:-1], start=1):
         try:
             row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                raise ValueError("a row is an object with a step")
+            is_row = isinstance(row, dict) and isinstance(row.get("step"), int)
+            if not is_row or not isinstance(row.get("split"), str):
+                raise ValueError("a row is an object with a step and a split")
             rows.append(row)
         except ValueError as error:
             if number == len(lines) - 1:

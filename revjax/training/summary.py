@@ -8,6 +8,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+import revjax
+
+# What a summary always has, as `summary_table` shows it.
+SHOWN = ("model", "parameters", "data", "steps", "test_accuracy", "test_error", "wall_seconds")
+SHOWN += ("device", "precise_bn_batches", "stream_peak", "stream_bound")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -24,7 +29,7 @@ def device_name(mesh: Mesh | None = None) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that decide a run's numbers."""
-    return {"python": platform.python_version()} | {
+    return {"python": platform.python_version(), "revjax": revjax.__version__} | {
         name: importlib.metadata.version(name) for name in PACKAGES
     }
 

@@ -8,11 +8,30 @@ from typing import Any, TextIO
 
 from revjax.training.errors import ConfigError, TrainingError
 
-# Keys that cannot change a number of the result: where the same bytes are read from (their
-# checksums are the data layer's concern), and when a checkpoint is written and kept.
-FREE_KEYS = ("data.dir", "data.source", "checkpoint_every", "keep_checkpoints")
-# The layout and the loops are free as well: they change numbers by how they are rounded alone.
+# Keys that cannot change a number of the result: where the same bytes are read from and by whom
+# (that they are the same is for checksums, or for `check_same_terms`), and when a checkpoint is
+# written and kept.
+FREE_KEYS = ("data.dir", "data.source", "data.workers", "checkpoint_every", "keep_checkpoints")
+# The layout and the loops are free as well: they change numbers by how they are rounded alone, but
+# where BatchNorm is of each device's part, which is for `check_same_terms`.
 FREE_KEYS += ("mesh.data", "mesh.fsdp", "model.unroll", "model.store_last")
+
+
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """The object of a file that `write_json` wrote.
+
+    Raises:
+        TrainingError: it is not one, or has not the keys that are due.
+    """
+    try:
+        value = json.loads(path.read_text())
+        if not isinstance(value, dict) or not value.keys() >= set(keys):
+            raise ValueError(f"an object with {', '.join(keys) or 'keys'} is due")
+    except ValueError as error:
+        raise TrainingError(
+            f"{path} is damaged ({error}); put back what it was, or give another --workdir."
+        ) from error
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -59,7 +78,10 @@ def lock_workdir(workdir: Path) -> TextIO:
 
 
 def check_same_config(
-    workdir: Path, config: dict[str, Any], free: tuple[str, ...] = FREE_KEYS
+    workdir: Path,
+    config: dict[str, Any],
+    free: tuple[str, ...] = FREE_KEYS,
+    defaults: dict[str, Any] | None = None,
 ) -> None:
     """Raise unless the folder has nothing to lose, or what it has is of this config.
 
@@ -69,25 +91,25 @@ def check_same_config(
         workdir: the run's folder.
         config: the config as nested dicts.
         free: the keys that may differ, beside `steps`.
+        defaults: of keys that a config may leave out.
 
     Raises:
         ConfigError: naming every key that differs, with both values.
         TrainingError: if the folder holds checkpoints of an unknown config.
     """
-    path = workdir / "config.json"
-    names = [folder.name for folder in (workdir / "checkpoints").glob("*")]
-    saved = [int(name) for name in names if name.isdecimal()]
+    path, saved = workdir / "config.json", _saved(workdir)
     if not saved and not (workdir / "summary.json").exists():
         return
     if not path.exists():
         raise TrainingError(
             f"{workdir} has a run but no config.json to say what of; give another --workdir."
         )
-    ours, theirs = _flat(json.loads(json.dumps(config))), _flat(json.loads(path.read_text()))
+    known, config = json.loads(json.dumps((defaults or {}, config)))
+    ours, theirs = (known | _flat(values) for values in (config, read_json(path, "steps")))
     differing = [
         f"config.{key} is {_shown(ours, key)}, there {_shown(theirs, key)}"
         for key in sorted(ours.keys() | theirs.keys())
-        if key not in (*free, "steps") and _shown(ours, key) != _shown(theirs, key)
+        if key not in (*free, "steps") and ours.get(key) != theirs.get(key)
     ]
     if ours["steps"] < max(saved, default=0):
         differing.append(f"config.steps is {ours['steps']}, and it has made {max(saved)}")
@@ -96,6 +118,38 @@ def check_same_config(
             f"the run in {workdir} has another config: {'; '.join(differing)}; "
             "give another --workdir, or that run's values (config.steps may grow)."
         )
+
+
+def _saved(workdir: Path) -> list[int]:
+    names = [folder.name for folder in (workdir / "checkpoints").glob("*")]
+    return [int(name) for name in names if name.isdecimal()]
+
+
+def check_same_terms(workdir: Path, terms: dict[str, Any], *, writes: bool = True) -> None:
+    """Write down what a run's numbers depend on beside its config, or raise if it was another.
+
+    Args:
+        workdir: the run's folder.
+        terms: values of JSON, each under a name that says what it is of.
+        writes: False looks at these terms alone, and writes nothing.
+
+    Raises:
+        ConfigError: the folder has checkpoints that came about on other terms, which are named.
+    """
+    path = workdir / "terms.json"
+    theirs = read_json(path) if path.exists() and _saved(workdir) else terms
+    differing = [
+        f"{name}: {_shown(terms, name)}, there {_shown(theirs, name)}"
+        for name in sorted(terms.keys() | theirs.keys() if writes else terms)
+        if terms.get(name) != theirs.get(name)
+    ]
+    if differing:
+        raise ConfigError(
+            f"the run in {workdir} has come so far by something else: {'; '.join(differing)}; "
+            "give it back what it had, or give another --workdir."
+        )
+    if writes:
+        write_json(path, terms)
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

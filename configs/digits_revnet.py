@@ -2,8 +2,8 @@
 
 Command:   python train.py --config configs/digits_revnet.py
 Hardware:  2-core CPU, JAX 0.10.2
-Time:      63 s, compilation included
-Accuracy:  98.89% on the held-out fifth (seed 0); seeds 1 and 2: 98.89% and 99.17%
+Time:      37 s, compilation included
+Accuracy:  99.17% on the held-out fifth (seed 0); seeds 1 and 2: 98.33% and 99.17%
 n:         3
 """
 

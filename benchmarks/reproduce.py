@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -130,8 +131,11 @@ def run_slice(
     return record
 
 
-def train(flags: list[str], over: Callable[[], bool]) -> tuple[str, int]:
-    """Run train.py, which is asked to save and end when its time is over: its stderr and code."""
+def train(flags: list[str], over: Callable[[], bool]) -> tuple[str, int | None]:
+    """Run train.py, which is asked to save and end when its time is over: its stderr and code.
+
+    The latter is None where it ended before it could listen, which is no failure.
+    """
     child = subprocess.Popen(
         [sys.executable, "train.py", *flags],
         cwd=ROOT,
@@ -144,7 +148,8 @@ def train(flags: list[str], over: Callable[[], bool]) -> tuple[str, int]:
     while True:
         try:
             _, errors = child.communicate(timeout=0.5)
-            return errors, child.returncode
+            unheard = patience is not None and child.returncode == -signal.SIGTERM
+            return errors, None if unheard else child.returncode
         except subprocess.TimeoutExpired:
             if patience is None and over():
                 child.terminate()

@@ -133,6 +133,7 @@ def test_other_terms_are_refused_once_something_is_saved(workdir):
     with pytest.raises(ConfigError, match="classes: '3', there '2'; give it back"):
         check_same_terms(workdir, {"classes": "3"}, writes=False)
     assert read_json(workdir / "terms.json") == terms
+    check_same_terms(workdir, {"another": "3"}, writes=False)  # trained on what has no such term
     (workdir / "checkpoints" / "10").rmdir()
     check_same_terms(workdir, {})
     assert read_json(workdir / "terms.json") == {}

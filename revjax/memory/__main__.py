@@ -23,7 +23,7 @@ from revjax.memory.network import (
     ways_of,
 )
 from revjax.memory.report import MemoryReport, memory_report
-from revjax.memory.target import find_device
+from revjax.memory.target import find_device, is_tpu
 from revjax.models import list_models
 
 UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -180,8 +180,8 @@ def table(arguments: argparse.Namespace) -> dict[str, dict[str, str]]:
 
 def find_largest(arguments: argparse.Namespace, way: str, peak: float) -> int:
     """The largest batch that fits, to 1%, where a peak is known; for a TPU, of those it pads to."""
-    tpu = arguments.topology and (arguments.topology == "tpu" or ":" in arguments.topology)
-    unit = batch_unit(arguments.batch * arguments.fits / peak) if tpu else 1
+    guess = arguments.batch * arguments.fits / peak
+    unit = batch_unit(guess) if is_tpu(arguments.topology) else 1
     known = {} if arguments.batch % unit else {arguments.batch // unit: peak}
 
     def peak_of(units: int) -> float:

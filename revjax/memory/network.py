@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 
 from revjax.grid import DEFAULT_GRID_BITS
+from revjax.memory.target import is_tpu
 from revjax.models import FAMILIES, architecture_of, family_of
 from revjax.resnet import ResNet
 from revjax.revnet import RevNet
@@ -67,8 +68,7 @@ def abstract_network(
     family = family_of(name)
     if family != "resnet":
         options["grid_bits"] = grid_bits
-        for_tpu = topology is not None and (topology == "tpu" or ":" in topology)
-        store_last = 0 if store_last is None and for_tpu else store_last
+        store_last = 0 if store_last is None and is_tpu(topology) else store_last
         options["store_last"] = store_last if backward == "reversible" else None
     options |= dict(backward=backward, unroll=unroll, dtype=jnp.dtype(dtype))
     network: Any = FAMILIES[family].network

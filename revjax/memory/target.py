@@ -43,6 +43,11 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
+def is_tpu(topology: str | None) -> bool:
+    """Whether a topology, as `find_device` takes it, is one of TPUs."""
+    return topology is not None and (topology == "tpu" or ":" in topology)
+
+
 @functools.cache
 def find_device(topology: str) -> Any:
     """Return a device to compile for.

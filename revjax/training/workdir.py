@@ -131,7 +131,7 @@ def check_same_terms(workdir: Path, terms: dict[str, Any], *, writes: bool = Tru
     Args:
         workdir: the run's folder.
         terms: values of JSON, each under a name that says what it is of.
-        writes: False looks at these terms alone, and writes nothing.
+        writes: False looks at those of them that the run wrote down, and writes nothing.
 
     Raises:
         ConfigError: the folder has checkpoints that came about on other terms, which are named.
@@ -140,7 +140,7 @@ def check_same_terms(workdir: Path, terms: dict[str, Any], *, writes: bool = Tru
     theirs = read_json(path) if path.exists() and _saved(workdir) else terms
     differing = [
         f"{name}: {_shown(terms, name)}, there {_shown(theirs, name)}"
-        for name in sorted(terms.keys() | theirs.keys() if writes else terms)
+        for name in sorted(terms.keys() | theirs.keys() if writes else terms.keys() & theirs.keys())
         if terms.get(name) != theirs.get(name)
     ]
     if differing:

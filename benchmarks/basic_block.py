@@ -1,6 +1,7 @@
 """The residual function of the benchmarks' chains."""
 
 import jax
+import jax.numpy as jnp
 
 from revjax.conv import conv
 
@@ -8,8 +9,14 @@ from revjax.conv import conv
 def residual(params, x, dtype=None):
     """BN-ReLU-conv3x3 for each (scale, bias, kernel) of params; convolutions compute in `dtype`."""
     for scale, bias, kernel in params:
-        mean, variance = x.mean((0, 1, 2), keepdims=True), x.var((0, 1, 2), keepdims=True)
-        x = jax.nn.relu((x - mean) * jax.lax.rsqrt(variance + 1e-3) * scale + bias)
+        x = jax.nn.relu(normalize(x, scale, bias))
         compute = x.dtype if dtype is None else dtype
         x = conv(x.astype(compute), kernel.astype(compute)).astype(x.dtype)
     return x
+
+
+def normalize(x, scale, bias, epsilon=1e-3):
+    """BatchNorm in training, by the formulas of Flax's, which the networks have."""
+    mean, square = x.mean((0, 1, 2)), (x * x).mean((0, 1, 2))
+    variance = jnp.maximum(0, square - mean * mean)
+    return (x - mean) * (jax.lax.rsqrt(variance + epsilon) * scale) + bias

@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from typing import Any
 
 import jax
 
@@ -18,24 +19,27 @@ _IN_GRAPHS = (
     "CONDITIONAL",
     "WHILE",
 )
-# And what YNNPACK computes on a CPU: its default less convolutions, so that Eigen computes those.
+# And what YNNPACK computes on a CPU: its default less convolutions.
 _BY_YNNPACK = ("LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT", "LIBRARY_FUSION_TYPE_REDUCE")
-_OPTIONS = {
+_OPTIONS: dict[str, dict[str, Any]] = {
     "gpu": {"xla_gpu_enable_command_buffer": ",".join(_IN_GRAPHS)},
-    "cpu": {"xla_cpu_experimental_ynn_fusion_type": ",".join(_BY_YNNPACK)},
+    "cpu": {
+        "xla_cpu_experimental_ynn_fusion_type": ",".join(_BY_YNNPACK),
+        "xla_cpu_experimental_onednn_custom_call": True,
+    },
 }
 
 
-def compiler_options(platform: str) -> dict[str, str]:
+def compiler_options(platform: str) -> dict[str, Any]:
     """Options for `jax.jit(..., compiler_options=...)` of the programs of a run.
 
     On a GPU a step of a small network is a thousand kernels of some microseconds, and the host
     takes longer to launch one than the GPU to run it. So programs become CUDA graphs, whole, whose
     kernels start one another. Numbers stay what they are.
 
-    On a CPU float32 convolutions of more than 16 channels are YNNPACK's by default. In JAX 0.10.2,
-    the last one for Python 3.11, those are much slower than Eigen's (docs/performance.md); with
-    later ones networks take no longer with Eigen's.
+    On a CPU convolutions are oneDNN's, with JAX 0.11 and later and on x86, and else Eigen's. By
+    default float32 ones of more than 16 channels are YNNPACK's, which in JAX 0.10.2, the last one
+    for Python 3.11, are much slower than either (docs/performance.md).
 
     What the compiler does not know, as it may be of another version, is left out with a warning:
     options make a run faster, and not different.
@@ -48,17 +52,18 @@ def compiler_options(platform: str) -> dict[str, str]:
         >>> compiler_options("tpu")
         {}
     """
-    return dict(_OPTIONS[platform]) if platform in _OPTIONS and _known(platform) else {}
+    options = _OPTIONS.get(platform, {})
+    return {name: value for name, value in options.items() if _known(name, value)}
 
 
 @functools.cache
-def _known(platform: str) -> bool:
-    """Whether the compiler takes the options; warns, once, where it does not."""
+def _known(name: str, value: Any) -> bool:
+    """Whether the compiler takes the option; warns, once, where it does not."""
     try:
-        jax.jit(lambda: 0, compiler_options=_OPTIONS[platform]).lower().compile()
+        jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
     except jax.errors.JaxRuntimeError as error:
         warnings.warn(
-            f"Programs are compiled by XLA's defaults, and so slower than they could be: {error}",
+            f"Programs are compiled without {name}, and so slower than they could be: {error}",
             stacklevel=3,
         )
         return False

@@ -1,7 +1,7 @@
 """Time and memory of a gradient, or of a training step, by each way to it, side by side.
 
 Command:   python benchmarks/speed.py [chain] [network] [deep] [compile] [--models NAME] [--help]
-Hardware:  a CPU with 24 GB of memory, on which nothing else should run; 55 minutes on 2 cores
+Hardware:  a CPU with 24 GB of memory, on which nothing else should run; 40 minutes on 2 cores
 Figures:   benchmarks/results/speed.json, .md and .png, told in docs/performance.md
 
 chain      the gradient, by parameters and input, of a chain of blocks of two residual functions

@@ -4,14 +4,16 @@ import jax
 import jax.numpy as jnp
 
 from revjax.conv import conv
+from revjax.layers import rounded
 
 
 def residual(params, x, dtype=None):
     """BN-ReLU-conv3x3 for each (scale, bias, kernel) of params; convolutions compute in `dtype`."""
     for scale, bias, kernel in params:
         x = jax.nn.relu(normalize(x, scale, bias))
-        compute = x.dtype if dtype is None else dtype
-        x = conv(x.astype(compute), kernel.astype(compute)).astype(x.dtype)
+        compute = x.dtype if dtype is None else jnp.dtype(dtype)
+        narrow = (rounded(a, compute).astype(compute) for a in (x, kernel))
+        x = rounded(conv(*narrow).astype(x.dtype), compute)
     return x
 
 

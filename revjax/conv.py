@@ -133,14 +133,14 @@ def _kernel_gradient(dy, x, kernel, *, stride, padding):
             total = product(dy, x)
         else:
             # Each has every chunks-th image: were they neighbours, what walks the chunks would
-            # walk the axis that a mesh shards. Within the loop, as XLA:CPU would rather evaluate
-            # again what gives x, an activation, than view it in another shape.
-            def some(a, n):
+            # walk the axis that a mesh shards. The reshape is within the loop: before it, XLA:CPU
+            # evaluates again what gives x, an activation, to have it in the other shape.
+            def images_of(a, n):
                 a = a.reshape(images // chunks, chunks, *a.shape[1:])
                 return lax.dynamic_index_in_dim(a, n, axis=1, keepdims=False)
 
             def step(total, n):
-                return total + product(some(dy, n), some(x, n)), None
+                return total + product(images_of(dy, n), images_of(x, n)), None
 
             zeros = jnp.zeros((copies[1].shape[3], copies[0].shape[3]), total_dtype)
             numbers = jnp.arange(chunks, dtype=jnp.uint32)

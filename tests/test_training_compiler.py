@@ -4,9 +4,13 @@ import platform
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
 from revjax.conv import conv
+from revjax.conventions import CONVENTIONS
+from revjax.layers import Conv, pure
 from revjax.training import compiler
 from revjax.training.compiler import compiler_options
 
@@ -15,6 +19,7 @@ from revjax.training.compiler import compiler_options
 def test_the_compiler_knows_the_options(kind):
     """It reads those for a GPU where there is none, too."""
     options = compiler_options(kind)
+    assert options == compiler._OPTIONS[kind]
     assert jax.jit(lambda x: x + 1, compiler_options=options)(1.0) == 2
     for name, value in options.items():
         for unknown in ({name: f"{value},UNKNOWN"}, {f"{name}s": value}):
@@ -23,12 +28,14 @@ def test_the_compiler_knows_the_options(kind):
 
 
 def test_an_option_that_the_compiler_does_not_know_is_left_out_with_a_warning(monkeypatch):
-    """And no other."""
+    """And no other; the warning is of the line that asks."""
+    due = compiler_options("cpu")
     unknown = {"xla_cpu_of_another_version": "1"}
-    monkeypatch.setattr(compiler, "_OPTIONS", {"cpu": compiler._OPTIONS["cpu"] | unknown})
-    with pytest.warns(UserWarning, match="xla_cpu_of_another_version"):
-        due = compiler_options("cpu")
-    assert due and not due.keys() & unknown
+    monkeypatch.setattr(compiler, "_OPTIONS", {"cpu": unknown | due})
+    compiler._known.cache_clear()
+    with pytest.warns(UserWarning, match="xla_cpu_of_another_version") as caught:
+        assert compiler_options("cpu") == due
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_no_caller_changes_the_options_of_another():
@@ -52,3 +59,22 @@ def test_on_a_cpu_convolutions_are_of_the_fastest_library(dtype):
     else:
         assert "convolution(" in text and "__onednn" not in text
     assert "__ynn_fusion" not in text
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of the CPU's compiler")
+def test_what_a_bfloat16_convolution_gives_is_added_in_float32():
+    """Else oneDNN adds it within the convolution, and rounds the sum to bfloat16."""
+    layer = Conv(
+        16, 16, 3, 1, conventions=CONVENTIONS["revnet"], dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+    )
+    apply, params, state = pure(layer)
+    x, y = jax.random.normal(jax.random.key(0), (2, 4, 8, 8, 16))
+
+    def add(params, x, y):
+        return x + apply(params, state, y)[0]
+
+    due = x + jax.jit(apply)(params, state, y)[0]
+    found = jax.jit(add, compiler_options=compiler_options("cpu"))(params, x, y)
+    np.testing.assert_allclose(found, due, rtol=0, atol=2**-5)
+    narrow = found.astype(jnp.bfloat16).astype(jnp.float32)
+    assert (found != narrow).mean() > 0.9

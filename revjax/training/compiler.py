@@ -19,7 +19,8 @@ _IN_GRAPHS = (
     "CONDITIONAL",
     "WHILE",
 )
-# And what YNNPACK computes on a CPU: its default less convolutions.
+# And what YNNPACK computes on a CPU: its default less convolutions. oneDNN takes those, and some
+# products, where jaxlib has them from it.
 _BY_YNNPACK = ("LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT", "LIBRARY_FUSION_TYPE_REDUCE")
 _OPTIONS: dict[str, dict[str, Any]] = {
     "gpu": {"xla_gpu_enable_command_buffer": ",".join(_IN_GRAPHS)},
@@ -37,12 +38,17 @@ def compiler_options(platform: str) -> dict[str, Any]:
     takes longer to launch one than the GPU to run it. So programs become CUDA graphs, whole, whose
     kernels start one another. Numbers stay what they are.
 
-    On a CPU convolutions are oneDNN's, with JAX 0.11 and later and on x86, and else Eigen's. By
-    default float32 ones of more than 16 channels are YNNPACK's, which in JAX 0.10.2, the last one
-    for Python 3.11, are much slower than either (docs/performance.md).
+    On a CPU convolutions, and the products of which the gradients of their kernels are sums, are
+    oneDNN's, where jaxlib has them from it (seen on x86, from JAX 0.11 on), and else Eigen's. By
+    default convolutions of more than 16 channels are YNNPACK's, with which steps of networks take
+    longer (docs/performance.md).
 
-    What the compiler does not know, as it may be of another version, is left out with a warning:
-    options make a run faster, and not different.
+    Other libraries round otherwise; and oneDNN adds what is added to a convolution in the dtype of
+    the convolution. So what one in bfloat16 gives to a float32 stream is rounded by
+    `lax.reduce_precision` before it is added, as all layers of revjax do it: else the stream is
+    rounded to bfloat16.
+
+    What the compiler does not know, as it may be of another version, is left out with a warning.
 
     Args:
         platform: "gpu", "cpu", or another, for which there are no options.
@@ -52,8 +58,11 @@ def compiler_options(platform: str) -> dict[str, Any]:
         >>> compiler_options("tpu")
         {}
     """
-    options = _OPTIONS.get(platform, {})
-    return {name: value for name, value in options.items() if _known(name, value)}
+    known = {}
+    for name, value in _OPTIONS.get(platform, {}).items():  # no comprehension: its frame counts
+        if _known(name, value):
+            known[name] = value
+    return known
 
 
 @functools.cache

@@ -245,6 +245,24 @@ def test_operands_in_a_scan_have_the_layout_of_the_fast_kernels():
     assert in_scan(conv, contracted) == {("0", "0")}
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA:CPU evaluates again")
+def test_an_activation_is_not_evaluated_again_for_the_kernel_gradient():
+    """Of the two ReLUs of a block each is there for its value, and once in the recomputation."""
+
+    def block(x, kernel):
+        for _ in range(2):
+            x = conv(jax.nn.relu(1.5 * x + 0.25), kernel)
+        return x, None
+
+    def loss(x, kernels):
+        return jnp.sum(jax.lax.scan(jax.checkpoint(block), x, kernels)[0] ** 2)
+
+    x = jax.ShapeDtypeStruct((32, 32, 32, 16), jnp.float32)  # the gradient is a sum over chunks
+    kernels = jax.ShapeDtypeStruct((3, 3, 3, 16, 16), jnp.float32)
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(x, kernels).compile().as_text() or ""
+    assert text.count(" maximum(") == 2 + 2
+
+
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_lowering_elsewhere_is_that_of_lax(platform):
     """Accelerators get JAX's own convolutions, operand layouts and all; the CPU does not."""

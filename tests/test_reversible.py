@@ -510,7 +510,8 @@ def test_activation_memory_of_a_list_does_not_grow_with_depth():
     copies = 2 * GRADIENT_BYTES  # of gradients, and of the flipped kernels
     assert deep - shallow <= 4 * (copies + 0.01 * PAIR_BYTES)
     storing = temporary_bytes(6, "reversible", listed=True, store_last=5)
-    assert storing - deep <= 5 * 1.2 * 2 * PAIR_BYTES + 2 * PAIR_BYTES
+    beside = 4 if jax.__version_info__ >= (0, 11) else 2  # pairs, as measured with 0.12 and 0.10
+    assert storing - deep <= 5 * (1.2 * 2 * PAIR_BYTES + copies) + beside * PAIR_BYTES
     stored = [temporary_bytes(depth, "store", listed=True) for depth in (2, 6)]
     assert stored[1] - stored[0] > 4 * PAIR_BYTES
 

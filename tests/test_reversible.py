@@ -485,10 +485,10 @@ def test_blocks_that_store_cost_what_they_keep_and_others_nothing():
     a_block = 2 * PAIR_BYTES + 2 * GRADIENT_BYTES
     assert 2 * PAIR_BYTES <= (more - some) / 4 <= 1.1 * a_block
     # A conditional copies what a block keeps, on a CPU, while what its kernel's gradient copies is
-    # there too; more than eight are a loop, and have no conditional. With JAX 0.12 that loop holds
-    # half a pair more.
+    # there too; more than eight are a loop, and have no conditional.
     assert some - none <= 4 * 1.1 * a_block + 4 * PAIR_BYTES
-    assert most - none <= 12 * 1.1 * a_block + 2 * PAIR_BYTES
+    beside = 2 if jax.__version_info__ >= (0, 11) else 1  # pairs, as measured with 0.12 and 0.10
+    assert most - none <= 12 * 1.1 * a_block + beside * PAIR_BYTES
     deep = temporary_bytes(64, "reversible", store_last=4)
     assert deep - some <= 48 * GRADIENT_BYTES + 0.01 * PAIR_BYTES
 

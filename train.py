@@ -41,6 +41,7 @@ from revjax.data import DataError
 from revjax.grid import stream_bound
 from revjax.training.checkpoints import Checkpoints, Restored
 from revjax.training.command_line import parse_arguments
+from revjax.training.compiler import set_xla_flags
 from revjax.training.config import Config, check_config, optional_keys
 from revjax.training.curves import draw_curves
 from revjax.training.errors import ConfigError, TrainingError
@@ -401,4 +402,5 @@ def run(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    set_xla_flags()  # before a device is used
     sys.exit(run(sys.argv))

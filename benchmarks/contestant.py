@@ -46,14 +46,14 @@ def jax_chain(
     import revjax
     from revjax.gate import keep_dear
     from revjax.memory.report import compile_with_report
-    from revjax.training.compiler import compiler_options
 
+    asked = {} if xla_defaults else ask_as_train_py()
     keys = iter(jax.random.split(jax.random.key(0), 8))
     shape = (depth, 3, 3, channels, channels)
 
     def layer():
         kernel = jax.random.normal(next(keys), shape) * (2 / (9 * channels)) ** 0.5
-        return jnp.ones((depth, 1, 1, 1, channels)), jnp.zeros((depth, 1, 1, 1, channels)), kernel
+        return jnp.ones((depth, channels)), jnp.zeros((depth, channels)), kernel
 
     params = tuple(tuple(layer() for _ in range(2)) for _ in range(2))
     x = tuple(jax.random.normal(next(keys), (2, batch, side, side, channels)))
@@ -66,7 +66,6 @@ def jax_chain(
         return (y1**2).sum() + (y2**2).sum()
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
-    asked = {} if xla_defaults else compiler_options("cpu")
     compiled, report = compile_with_report(gradient, params, x, compiler_options=asked)
     return lambda: jax.block_until_ready(compiled(params, x)), report._asdict()
 
@@ -87,8 +86,8 @@ def jax_network(
     import revjax
     from revjax.memory.network import training_step
     from revjax.memory.report import compile_with_report
-    from revjax.training.compiler import compiler_options
 
+    asked = {} if xla_defaults else ask_as_train_py()
     if dear:
         let_stages_keep_dear()
 
@@ -97,7 +96,6 @@ def jax_network(
 
     # The program before the numbers, so that what it takes to compile is not held beside them.
     function, arguments = training_step(nnx.eval_shape(make), batch, side)
-    asked = {} if xla_defaults else compiler_options("cpu")
     compiled, report = compile_with_report(function, *arguments, compiler_options=asked)
     return_freed()
     _, params, variables = nnx.split(make(), nnx.Param, ...)
@@ -112,6 +110,14 @@ def jax_network(
         state[0] = jax.block_until_ready(compiled(state[0], images, labels))
 
     return step, report._asdict()
+
+
+def ask_as_train_py() -> dict[str, Any]:
+    """Ask of XLA what train.py asks of it, before a device is used; return the options."""
+    from revjax.training.compiler import compiler_options, set_xla_flags
+
+    set_xla_flags()
+    return compiler_options("cpu")
 
 
 def let_stages_keep_dear() -> None:

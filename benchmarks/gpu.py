@@ -90,7 +90,7 @@ def chains(dtype: str, depths: list[int], images: int, side: int) -> None:
 def chain_row(depth: int, grid_bits: int | None, f: Callable, images: int, side: int) -> Row:
     """How exact a chain of f is."""
     channels, random = 16, np.random.default_rng(0)
-    ones = np.ones((depth, 1, 1, 1, channels), np.float32)
+    ones = np.ones((depth, channels), np.float32)
 
     def layer():
         kernel = random.normal(size=(depth, 3, 3, channels, channels)) / (4.5 * channels) ** 0.5

@@ -57,7 +57,7 @@ def temporary_bytes(depth: int, backward: Backward, scanned: bool) -> int:
         return (y1**2).sum() + (y2**2).sum()
 
     axis = (depth,) if scanned else ()
-    vector, kernel = struct(*axis, 1, 1, 1, CHANNELS), struct(*axis, 3, 3, CHANNELS, CHANNELS)
+    vector, kernel = struct(*axis, CHANNELS), struct(*axis, 3, 3, CHANNELS, CHANNELS)
     block = ((((vector, vector, kernel),) * 2),) * 2  # two layers a function, two functions
     x = (struct(BATCH, SIDE, SIDE, CHANNELS),) * 2
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))

@@ -40,7 +40,7 @@ from record import ROOT, environment
 from revjax.data import DataError, normalize
 from revjax.training.checkpoints import Checkpoints
 from revjax.training.command_line import parse_arguments
-from revjax.training.compiler import compiler_options
+from revjax.training.compiler import compiler_options, set_xla_flags
 from revjax.training.config import Config, check_config
 from revjax.training.errors import ConfigError, TrainingError
 from revjax.training.feed import Feed
@@ -208,6 +208,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a small network, few steps")
     parser.add_argument("--json", type=Path, help="a file to add the figures to")
     arguments, flags = parser.parse_known_args()
+    set_xla_flags()
     if arguments.segment < 1 or arguments.turns < 1:
         parser.error("--segment and --turns must be 1 or more.")
     if arguments.smoke:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from revjax.batch_norm import BatchNorm
 from revjax.conv import conv
 from revjax.conventions import Conventions
 from revjax.pool import max_pool
@@ -85,16 +86,8 @@ class Activation(nnx.Module):
         if which == "relu":
             return
         dtype = stream_dtype(dtype)
-        self.norm = nnx.BatchNorm(
-            channels,
-            momentum=conventions.decay,
-            epsilon=conventions.epsilon,
-            dtype=dtype,
-            param_dtype=dtype,
-            rngs=rngs,
-        )
-        self.norm.mean = nnx.BatchStat(jnp.zeros(channels, dtype))
-        self.norm.var = nnx.BatchStat(jnp.ones(channels, dtype))
+        constants: Any = dict(decay=conventions.decay, epsilon=conventions.epsilon)
+        self.norm = BatchNorm(channels, **constants, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.norm is not None:

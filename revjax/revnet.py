@@ -277,7 +277,7 @@ def units_to_store(chains: Sequence[int], widths: Sequence[int], bottleneck: boo
     # differentiating one takes (stream, outputs of convolutions, their cotangents, and what waits
     # for kernel gradients) was found by `python -m revjax.memory --store_last N`, on a CPU and for
     # an H100.
-    kept, working = (3, 7.5) if bottleneck else (4, 10.5)
+    kept, working = (3, 7.5) if bottleneck else (4, 9)
     sizes = [width * 4 ** (len(widths) - i) for i, width in enumerate(widths)]
 
     def fits(stored: list[int]) -> bool:

@@ -1,6 +1,9 @@
 """What is asked of the compiler has names that this version of it knows."""
 
+import os
 import platform
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +15,7 @@ from revjax.conv import conv
 from revjax.conventions import CONVENTIONS
 from revjax.layers import Conv, pure
 from revjax.training import compiler
-from revjax.training.compiler import compiler_options
+from revjax.training.compiler import compiler_options, set_xla_flags
 
 
 @pytest.mark.parametrize("kind", ["cpu", "gpu"])
@@ -41,6 +44,36 @@ def test_an_option_that_the_compiler_does_not_know_is_left_out_with_a_warning(mo
 def test_no_caller_changes_the_options_of_another():
     compiler_options("cpu").clear()
     assert compiler_options("cpu")
+
+
+@pytest.mark.parametrize("before", [None, "", "--xla_cpu_enable_fast_math=false  --xla_dump_to=a"])
+def test_flags_of_the_environment_are_kept_and_set_once(monkeypatch, before):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    if before is not None:
+        monkeypatch.setenv("XLA_FLAGS", before)
+    for _ in range(2):
+        set_xla_flags()
+        due = [*(before or "").split(), compiler._FLAG]
+        assert os.environ["XLA_FLAGS"].split() == due
+
+
+def test_the_flags_reach_the_code_of_a_process_that_has_imported_jax(tmp_path):
+    """That of a normalisation of few channels, which is the same without them time and again."""
+    code = (
+        "import os, sys, jax, jax.numpy as jnp\n"
+        "from revjax.training.compiler import set_xla_flags\n"
+        "os.environ['XLA_FLAGS'] = '--xla_dump_to=' + sys.argv[1]\n"
+        "if sys.argv[1].endswith('set'): set_xla_flags()\n"
+        "jax.jit(lambda x, v: jnp.maximum(v * x + v, 0))(jnp.ones((8, 4, 4, 16)), jnp.ones(16))\n"
+    )
+
+    def compiled(name):
+        command = [sys.executable, "-c", code, str(tmp_path / name)]
+        subprocess.run(command, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+        [file] = (tmp_path / name).glob("*maximum*.o")
+        return file.read_bytes()
+
+    assert compiled("set") != compiled("without") == compiled("again")
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="of the CPU's compiler")

@@ -1,6 +1,7 @@
 """What training asks of the compiler beside its defaults."""
 
 import functools
+import os
 import warnings
 from typing import Any
 
@@ -22,6 +23,8 @@ _IN_GRAPHS = (
 # And what YNNPACK computes on a CPU: its default less convolutions. oneDNN takes those, and some
 # products, where jaxlib has them from it.
 _BY_YNNPACK = ("LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT", "LIBRARY_FUSION_TYPE_REDUCE")
+# Of XLA's flags: no compiler option reaches what is in this one.
+_FLAG = "--xla_backend_extra_options=xla_cpu_disable_loop_unrolling"
 _OPTIONS: dict[str, dict[str, Any]] = {
     "gpu": {"xla_gpu_enable_command_buffer": ",".join(_IN_GRAPHS)},
     "cpu": {
@@ -63,6 +66,21 @@ def compiler_options(platform: str) -> dict[str, Any]:
         if _known(name, value):
             known[name] = value
     return known
+
+
+def set_xla_flags() -> None:
+    """Ask in XLA_FLAGS for what no compiler option can ask for, and keep what it has.
+
+    That is of programs on a CPU: that LLVM unrolls no loops. It unrolls those over a few channels,
+    to 16 copies of one operation, which XLA no longer lets it make vectors of: normalisation, ReLU
+    and sums take several times as long so (docs/performance.md).
+
+    XLA reads the variable once, when a process first uses a device: call it before. Processes that
+    this one starts inherit it.
+    """
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    if _FLAG not in flags:
+        os.environ["XLA_FLAGS"] = " ".join([*flags, _FLAG])
 
 
 @functools.cache

@@ -16,7 +16,7 @@ RUN := $(VENV)/bin/python
 # Tests run side by side; ARGS="-n 0" runs them in one process, for a debugger.
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 CORE := tests/test_coupling.py tests/test_reversible.py tests/test_conv.py tests/test_models.py \
-	tests/test_recompute.py tests/test_training_compiler.py
+	tests/test_batch_norm.py tests/test_recompute.py tests/test_training_compiler.py
 
 .PHONY: help train test test-core faults bench docs notebooks environment lint format clean interpreter
 .NOTPARALLEL:

@@ -32,7 +32,7 @@ from record import RESULTS, ROOT, environment
 from revjax import RevNet
 from revjax.stochastic_depth import expected_depth, survival_probabilities
 from revjax.training.command_line import parse_arguments
-from revjax.training.compiler import compiler_options
+from revjax.training.compiler import compiler_options, set_xla_flags
 from revjax.training.config import Config, check_config
 from revjax.training.mesh import make_mesh
 from revjax.training.optimizer import make_optimizer
@@ -232,4 +232,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    set_xla_flags()  # before a device is used
     main()

@@ -208,7 +208,6 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a small network, few steps")
     parser.add_argument("--json", type=Path, help="a file to add the figures to")
     arguments, flags = parser.parse_known_args()
-    set_xla_flags()
     if arguments.segment < 1 or arguments.turns < 1:
         parser.error("--segment and --turns must be 1 or more.")
     if arguments.smoke:
@@ -230,4 +229,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    set_xla_flags()  # before a device is used
     main()

@@ -5,9 +5,8 @@ factor is `scale / sqrt(variance + epsilon)`. The derivative is written as that 
 `x * factor + offset`: its gradient sums `dy` and `dy * x` over the batch. That of the formula as it
 stands has a third sum, and keeps `x - mean`, which is as large as x.
 
-Values are by the formula as it stands all the same. Of `x * factor + offset` a compiler may make
-one operation in one program and two in another; then what a reversible network computes would not
-be what a stored one does.
+Values are by the formula as it stands all the same. With `x * factor + offset` XLA:CPU gave the
+forward pass of a stored network other last bits than that of a reversible one.
 """
 
 from typing import Any
@@ -17,46 +16,52 @@ import jax.numpy as jnp
 from flax import nnx
 
 
-def statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The mean and the variance of `[..., C]` over all axes but the last, `[C]` each.
+def batch_norm(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normalise by the statistics of all axes but the last.
 
-    The latter is a difference of squares, and 0 where rounding leaves less.
-    """
-    batch = tuple(range(x.ndim - 1))
-    mean, square = x.mean(batch), (x * x).mean(batch)
-    return mean, jnp.maximum(0, square - mean * mean)
-
-
-@jax.custom_jvp
-def normalize(x: jax.Array, mean: jax.Array, factor: jax.Array, bias: jax.Array) -> jax.Array:
-    """`(x - mean) * factor + bias`, whose derivative keeps nothing as large as x beside x.
-
-    A sum `mean / deviation` times smaller than its terms is in the gradient of the factor, as it is
-    in a variance that is a difference of squares: where means are far above deviations both round.
+    The variance is a difference of squares, and 0 where rounding leaves less: where a mean is far
+    above its deviation it loses the square of their ratio.
 
     Args:
         x: floating `[..., C]`.
-        mean, factor, bias: `[C]`, of the dtype of x.
+        scale, bias: `[C]`, of the dtype of x.
+        epsilon: added to the variance.
 
     Returns:
-        `[..., C]`, of the dtype of x.
+        `[..., C]`; the mean and the variance, `[C]` each; all of the dtype of x.
 
     Example:
-        >>> normalize(jnp.array([[1.0], [3.0]]), *jnp.array([[2.0], [0.5], [10.0]]))
-        Array([[ 9.5],
-               [10.5]], dtype=float32)
+        >>> x = jnp.array([[1.0], [3.0]])
+        >>> y, mean, variance = batch_norm(x, jnp.ones(1), jnp.zeros(1), epsilon=0.0)
+        >>> y.ravel(), mean, variance
+        (Array([-1.,  1.], dtype=float32), Array([2.], dtype=float32), Array([1.], dtype=float32))
     """
+    batch = tuple(range(x.ndim - 1))
+    mean = x.mean(batch)
+    variance = jnp.maximum(0, jnp.square(x).mean(batch) - jnp.square(mean))
+    return normalize(x, mean, variance, scale, bias, epsilon), mean, variance
+
+
+def normalize(x, mean, variance, scale, bias, epsilon):
+    """Normalise `[..., C]` by statistics that are given."""
+    return _apply(x, mean, jax.lax.rsqrt(variance + epsilon) * scale, bias)
+
+
+@jax.custom_jvp
+def _apply(x, mean, factor, bias):
     mean, factor, bias = (_along(x, of_channel) for of_channel in (mean, factor, bias))
     return (x - mean) * factor + bias
 
 
-@normalize.defjvp
-def _normalize_jvp(primals, tangents):
+@_apply.defjvp
+def _apply_jvp(primals, tangents):
     x, mean, factor, _ = primals
     dx, dmean, dfactor, dbias = tangents
     doffset = dbias - dmean * factor - mean * dfactor
     dy = dx * _along(x, factor) + x * _along(x, dfactor) + _along(x, doffset)
-    return normalize(*primals), dy
+    return _apply(*primals), dy
 
 
 def _along(x, of_channel):
@@ -64,16 +69,16 @@ def _along(x, of_channel):
 
 
 class BatchNorm(nnx.BatchNorm):
-    """`nnx.BatchNorm` over all axes but the last, by `normalize`.
+    """`nnx.BatchNorm` over all axes but the last, by `batch_norm`.
 
     Parameters, running averages and the switches between these and the batch's own statistics are
-    those of `nnx.BatchNorm`; so are its values, to the bit.
+    those of `nnx.BatchNorm`; so are its values, to the bit. Of its options those below are read.
 
     Args:
         channels: C.
-        decay: of running averages.
+        decay: of running averages, `momentum` in `nnx.BatchNorm`.
         epsilon: added to the variance.
-        dtype: of parameters and averages, and of x.
+        dtype: of parameters, averages and what is returned.
         rngs: as for `nnx.BatchNorm`.
     """
 
@@ -84,13 +89,25 @@ class BatchNorm(nnx.BatchNorm):
         self.var = nnx.BatchStat(jnp.ones(channels, dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., C] -> [..., C]`; statistics of the batch move the running averages."""
-        mean, variance = self.mean[...], self.var[...]
-        if not self.use_running_average:
-            mean, variance = statistics(x)
-            for average, new in ((self.mean, mean), (self.var, variance)):
-                average[...] = self.momentum * average[...] + (1 - self.momentum) * new
+        """`[..., C] -> [..., C]`; statistics of the batch move the running averages.
+
+        Raises:
+            ValueError: an option is set that is not read.
+        """
+        if self.axis_name is not None or not self.use_fast_variance:
+            raise ValueError(
+                f"BatchNorm has axis_name={self.axis_name!r} and use_fast_variance="
+                f"{self.use_fast_variance!r}, and reads neither: leave them None and True, or take "
+                "nnx.BatchNorm."
+            )
+        x = x.astype(self.dtype)
         scale: Any = self.scale
         bias: Any = self.bias
-        factor = jax.lax.rsqrt(variance + self.epsilon) * scale[...]
-        return normalize(x, mean, factor, bias[...])
+        scale, bias = scale[...], bias[...]
+        if self.use_running_average:
+            return normalize(x, self.mean[...], self.var[...], scale, bias, self.epsilon)
+        y, *statistics = batch_norm(x, scale, bias, epsilon=self.epsilon)
+        for average, new in zip((self.mean, self.var), statistics, strict=True):
+            moved = self.momentum * average[...] + (1 - self.momentum) * new
+            average[...] = jax.lax.stop_gradient(moved)
+        return y

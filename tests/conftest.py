@@ -42,6 +42,12 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
+def keep_xla_flags(monkeypatch):
+    """What a test asks in XLA_FLAGS is not asked for the programs and processes of others."""
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
+
+
+@pytest.fixture(autouse=True)
 def optimise(request):
     """Let the programs of tests that are marked `optimised` be compiled as users have them."""
     marked = request.node.get_closest_marker("optimised") is not None

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 import revjax
-from revjax.batch_norm import BatchNorm, normalize, statistics
+from revjax.batch_norm import BatchNorm, batch_norm
 
 SHAPE = (6, 4, 4, 3)
 
@@ -36,6 +37,7 @@ def outcome(norm, x, dy):
     """What it returns and its averages after that; and its gradients by parameters and by x."""
     graph, params, averages = nnx.split(norm, nnx.Param, ...)
 
+    @jax.jit
     def apply(params, x):
         module = nnx.merge(graph, params, averages, copy=True)
         y = module(x)
@@ -46,6 +48,7 @@ def outcome(norm, x, dy):
     return (y, nnx.to_pure_dict(averages_after)), (nnx.to_pure_dict(dparams), dx)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-12), ("float32", 2e-5)])
 def test_it_is_that_of_flax(training, dtype, tolerance):
@@ -57,14 +60,19 @@ def test_it_is_that_of_flax(training, dtype, tolerance):
 
 
 @pytest.mark.parametrize("mean", [10, 100])
-def test_means_far_above_deviations_cost_no_more_than_in_flax(mean):
-    """As both take the variance for a difference of squares, which is what rounds."""
+@pytest.mark.parametrize("training", [True, False])
+def test_means_far_above_deviations(mean, training):
+    """As in Flax where both take the variance for a difference of squares, which rounds most.
+
+    Where the variance is given there is one difference here that Flax does not have.
+    """
     random = np.random.default_rng(1)
     x, dy = (mean + random.normal(size=SHAPE)).astype(np.float32), random.normal(size=SHAPE)
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        _, due = outcome(both(True, "float64")[1], jnp.asarray(x, "float64"), jnp.asarray(dy))
+        args = jnp.asarray(x, "float64"), jnp.asarray(dy)
+        _, due = outcome(both(training, "float64")[1], *args)
         args = jnp.asarray(x), jnp.asarray(dy, "float32")
-        found = [outcome(norm, *args)[1] for norm in both(True, "float32")]
+        found = [outcome(norm, *args)[1] for norm in both(training, "float32")]
 
     def errors(gradients):
         pairs = zip(jax.tree.leaves(gradients), jax.tree.leaves(due), strict=True)
@@ -72,7 +80,54 @@ def test_means_far_above_deviations_cost_no_more_than_in_flax(mean):
         return np.array([np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs])
 
     ours, theirs = map(errors, found)
-    assert np.all(ours <= 1.2 * theirs + 1e-7)
+    assert np.all(ours <= 1.2 * theirs + (1e-7 if training else 1e-6 * mean))
+
+
+def test_averages_have_no_gradient():
+    norm, _ = both(True, "float32")
+    graph, state = nnx.split(norm)
+
+    def averages(state, x):
+        module = nnx.merge(graph, state, copy=True)
+        module(x)
+        return module.mean[...].sum() + module.var[...].sum()
+
+    assert not np.any(jax.grad(averages, 1)(state, jnp.arange(288.0).reshape(SHAPE)))
+
+
+@pytest.mark.parametrize("option, value", [("axis_name", "data"), ("use_fast_variance", False)])
+def test_options_of_flax_that_are_not_read_are_refused(option, value):
+    norm, _ = both(True, "float32")
+    norm.set_attributes(**{option: value})
+    with pytest.raises(ValueError, match=rf"{option}={value!r}.*take nnx.BatchNorm"):
+        norm(jnp.ones(SHAPE))
+
+
+def test_narrow_images_are_normalised_in_the_dtype_of_the_parameters():
+    ours, theirs = both(True, "float32")
+    x = jnp.asarray(np.random.default_rng(1).normal(size=SHAPE), jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"):
+        chex.assert_trees_all_equal(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_under_shard_map(training):
+    """A part of the batch on each device, with the same parameters, as the plain formula has it."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = jnp.asarray(np.random.default_rng(1).normal(size=SHAPE), jnp.float32)
+
+    def gradient(norm):
+        graph, params, averages = nnx.split(norm, nnx.Param, ...)
+
+        @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+        def loss(params, x):
+            y = nnx.merge(graph, params, averages, copy=True)(x)
+            return jax.lax.psum((y**3).sum(), "data")
+
+        return nnx.to_pure_dict(jax.jit(jax.grad(loss))(params, x))
+
+    ours, theirs = map(gradient, both(training, "float32"))
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_constant_channels_have_finite_gradients():
@@ -106,20 +161,24 @@ def test_the_gradient_sums_over_the_batch_twice_and_keeps_less():
     assert np.all(np.array(costs(theirs)) > costs(ours))
 
 
-def plain(x, mean, factor, bias):
-    mean, factor, bias = (jnp.expand_dims(a, (0, 1, 2)) for a in (mean, factor, bias))
-    return (x - mean) * factor + bias
+def ours(x, scale, bias):
+    return batch_norm(x, scale, bias, epsilon=1e-3)[0]
 
 
-def residual(normalize, params, x):
-    scale, bias, kernel = params
-    mean, variance = statistics(x)
-    return jnp.tanh(normalize(x, mean, jax.lax.rsqrt(variance + 1e-3) * scale, bias) @ kernel)
+def plain(x, scale, bias):
+    mean, variance = (a.reshape(1, 1, 1, -1) for a in (x.mean((0, 1, 2)), x.var((0, 1, 2))))
+    scale, bias = (a.reshape(1, 1, 1, -1) for a in (scale, bias))
+    return (x - mean) * jax.lax.rsqrt(variance + 1e-3) * scale + bias
 
 
 def test_second_derivatives_in_a_loop_and_in_the_rule():
     """A custom derivative's own derivative has been wrong inside of scan in JAX 0.10."""
-    ours, theirs = partial(residual, normalize), partial(residual, plain)
+
+    def residual(norm, params, x):
+        scale, bias, kernel = params
+        return jnp.tanh(norm(x, scale, bias) @ kernel)
+
+    f, due = partial(residual, ours), partial(residual, plain)
     with jax.enable_x64(True):
         random = np.random.default_rng(0)
         shapes = (4, 3), (4, 3), (4, 3, 3)
@@ -145,6 +204,6 @@ def test_second_derivatives_in_a_loop_and_in_the_rule():
             )
 
         close = partial(chex.assert_trees_all_close, rtol=1e-7)
-        for f in (ours, jax.checkpoint(ours)):
-            close(second(loop(f)), second(loop(theirs)))
-        close(second(chain(ours)), second(chain(theirs, backward="store")))
+        for function in (f, jax.checkpoint(f)):
+            close(second(loop(function)), second(loop(due)))
+        close(second(chain(f)), second(chain(due, backward="store")))

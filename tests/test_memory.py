@@ -224,12 +224,12 @@ def bytes_of_step(name, backward, batch, **options):
 
 @pytest.mark.slow
 def test_revnet110_needs_little():
-    """A whole training step: 1/14 of stored, 1/2.8 of remat, 1.29 of the operations."""
+    """A whole training step: 1/14 of stored, 1/3.5 of remat, 1.3 of the operations."""
     found = {way: bytes_of_step("revnet110", way, 100) for way in ("store", "remat", "reversible")}
     temporary = {way: report.temporary_bytes for way, report in found.items()}
     assert temporary["reversible"] < temporary["store"] / 14
-    assert temporary["reversible"] < temporary["remat"] / 2.8
-    assert found["reversible"].operations < 1.29 * found["store"].operations
+    assert temporary["reversible"] < temporary["remat"] / 3.5
+    assert found["reversible"].operations < 1.3 * found["store"].operations
     none = bytes_of_step("revnet110", "reversible", 100, store_last=0)
     assert none.operations < 1.34 * found["store"].operations
 

@@ -2,8 +2,10 @@
 
 import os
 import platform
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,8 @@ from revjax.conventions import CONVENTIONS
 from revjax.layers import Conv, pure
 from revjax.training import compiler
 from revjax.training.compiler import compiler_options, set_xla_flags
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("kind", ["cpu", "gpu"])
@@ -46,15 +50,35 @@ def test_no_caller_changes_the_options_of_another():
     assert compiler_options("cpu")
 
 
-@pytest.mark.parametrize("before", [None, "", "--xla_cpu_enable_fast_math=false  --xla_dump_to=a"])
-def test_flags_of_the_environment_are_kept_and_set_once(monkeypatch, before):
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
-    if before is not None:
+NO_UNROLLING = "--xla_backend_extra_options=xla_cpu_disable_loop_unrolling"
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        (None, NO_UNROLLING),
+        ("", NO_UNROLLING),
+        ('--xla_dump_to="/a  b"', f'--xla_dump_to="/a  b" {NO_UNROLLING}'),
+        (f"{NO_UNROLLING},xla_cpu_fold", f"{NO_UNROLLING},xla_cpu_fold"),
+        ("flags.txt", "flags.txt"),
+    ],
+)
+def test_flags_of_the_environment_are_kept(monkeypatch, before, after):
+    if before is None:
+        monkeypatch.delenv("XLA_FLAGS", raising=False)
+    else:
         monkeypatch.setenv("XLA_FLAGS", before)
     for _ in range(2):
         set_xla_flags()
-        due = [*(before or "").split(), compiler._FLAG]
-        assert os.environ["XLA_FLAGS"].split() == due
+        assert os.environ["XLA_FLAGS"] == after
+
+
+def test_train_py_sets_the_flags(monkeypatch, capsys):
+    monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--no_such_flag"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    assert os.environ["XLA_FLAGS"] == NO_UNROLLING
 
 
 def test_the_flags_reach_the_code_of_a_process_that_has_imported_jax(tmp_path):

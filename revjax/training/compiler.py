@@ -23,8 +23,8 @@ _IN_GRAPHS = (
 # And what YNNPACK computes on a CPU: its default less convolutions. oneDNN takes those, and some
 # products, where jaxlib has them from it.
 _BY_YNNPACK = ("LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT", "LIBRARY_FUSION_TYPE_REDUCE")
-# Of XLA's flags: no compiler option reaches what is in this one.
-_FLAG = "--xla_backend_extra_options=xla_cpu_disable_loop_unrolling"
+# A flag, as a compiler option cannot set a map.
+_NO_UNROLLING = "xla_cpu_disable_loop_unrolling"
 _OPTIONS: dict[str, dict[str, Any]] = {
     "gpu": {"xla_gpu_enable_command_buffer": ",".join(_IN_GRAPHS)},
     "cpu": {
@@ -71,16 +71,16 @@ def compiler_options(platform: str) -> dict[str, Any]:
 def set_xla_flags() -> None:
     """Ask in XLA_FLAGS for what no compiler option can ask for, and keep what it has.
 
-    That is of programs on a CPU: that LLVM unrolls no loops. It unrolls those over a few channels,
-    to 16 copies of one operation, which XLA no longer lets it make vectors of: normalisation, ReLU
-    and sums take several times as long so (docs/performance.md).
+    That is of programs on a CPU: that LLVM unrolls no loops before it makes vectors of them. XLA
+    lets it make none of what is unrolled, so a loop over a few channels would become as many single
+    operations: normalisation, ReLU and sums take longer so (docs/performance.md).
 
-    XLA reads the variable once, when a process first uses a device: call it before. Processes that
-    this one starts inherit it.
+    XLA reads the variable once, when a process first uses a device: call it before, as later it has
+    no effect. Processes that this one starts inherit it. The name of a file of flags is left alone.
     """
-    flags = os.environ.get("XLA_FLAGS", "").split()
-    if _FLAG not in flags:
-        os.environ["XLA_FLAGS"] = " ".join([*flags, _FLAG])
+    flags = os.environ.get("XLA_FLAGS", "").strip()
+    if _NO_UNROLLING not in flags and (not flags or flags.startswith("-")):
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_extra_options={_NO_UNROLLING}".strip()
 
 
 @functools.cache

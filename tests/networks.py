@@ -14,7 +14,7 @@ COMPILE_FAST = {"xla_backend_optimization_level": 0}
 
 
 def setting(dtype):
-    """Float64 needs x64; and flax's BatchNorm is not strict about promotion there."""
+    """Float64 needs x64; the tests' own arithmetic is not strict about promotion there."""
     stack = ExitStack()
     if dtype == "float64":
         stack.enter_context(jax.enable_x64(True))

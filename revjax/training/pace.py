@@ -2,7 +2,7 @@
 
 import time
 
-DISPATCH_SECONDS = 0.5  # aimed at; a signal waits for up to two dispatches
+DISPATCH_SECONDS = 2.0  # aimed at; a signal waits for up to two dispatches
 MAX_DISPATCH_STEPS = 100
 
 
